@@ -1,0 +1,117 @@
+"""The card of an op: everything that one generic suite, the benchmark, `info`, `explain` and the README need to know.
+
+A family's file in ``mmkernels/cards`` declares ``CARDS``; whoever wants them all asks :func:`mmkernels.cards.all_cards`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmkernels.ops.backends import Backend
+
+
+@dataclass(frozen=True)
+class Call:
+    """Arguments of one call of a public function."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def of(self, function: Callable[..., Any]) -> Any:
+        return function(*self.args, **self.kwargs)
+
+    def map_tensors(self, change: Callable[[Tensor], Tensor]) -> Call:
+        """The same call with every tensor replaced by `change(tensor)`."""
+
+        def changed(value: Any) -> Any:
+            return change(value) if isinstance(value, Tensor) else value
+
+        return Call(tuple(changed(v) for v in self.args), {k: changed(v) for k, v in self.kwargs.items()})
+
+    def tensors(self) -> list[Tensor]:
+        return [v for v in (*self.args, *self.kwargs.values()) if isinstance(v, Tensor)]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One valid call. `make(device, dtype, generator)` draws its tensors on the CPU from the generator, then moves them."""
+
+    name: str
+    make: Callable[[torch.device, torch.dtype, torch.Generator], Call]
+    gradcheck: bool = True  # small enough for finite differences in float64
+    full: bool = False  # only in the exhaustive suite (big, slow)
+
+
+@dataclass(frozen=True)
+class BadInput:
+    """One call that must raise `error`, in a message that names `argument`."""
+
+    name: str
+    make: Callable[[torch.device], Call]
+    error: type[Exception]
+    argument: str
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The least work a call can do: floating-point operations, and bytes that must cross the memory bus."""
+
+    flops: float
+    bytes: float
+
+
+@dataclass(frozen=True)
+class Target:
+    """A promise: at least `ratio` times as fast as the best of `peers`, or with below=True, at most `ratio` times as long."""
+
+    peers: tuple[str, ...]
+    ratio: float
+    at_most: bool = False
+
+
+@dataclass(frozen=True)
+class BenchCase:
+    """One line of the benchmark. `run` and each peer take the call; backward is included where `backward` is true."""
+
+    name: str
+    make: Callable[[torch.device, torch.dtype, torch.Generator], Call]
+    run: Callable[..., Any]
+    peers: Mapping[str, Callable[..., Any]]
+    cost: Callable[[Call], Cost]
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
+    backward: bool = False
+    compiled_peers: tuple[str, ...] = ()  # peers that also run through torch.compile, as "compile"
+    target: Target | None = None
+
+
+@dataclass(frozen=True)
+class Overhead:
+    """A promise about a whole call, checks included, at a size where the kernel is nothing: microseconds."""
+
+    name: str
+    make: Callable[[], Call]
+    run: Callable[..., Any]
+    grad: bool
+    limit_us: float
+
+
+@dataclass(frozen=True)
+class Card:
+    name: str
+    family: str
+    function: Callable[..., Any]
+    reference: Callable[..., Any]
+    ops: tuple[str, ...]  # the registered operators behind the function, `mmkernels::...`
+    backends: tuple[Backend, ...]  # in the order in which they are tried
+    samples: tuple[Sample, ...]
+    bad_inputs: tuple[BadInput, ...]
+    dtypes: tuple[torch.dtype, ...]
+    systems: tuple[str, ...]  # published systems that it serves
+    summary: str
+    bench: tuple[BenchCase, ...] = ()
+    overheads: tuple[Overhead, ...] = ()

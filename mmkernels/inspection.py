@@ -1,0 +1,115 @@
+"""What would run and what there is: `explain` and `info`."""
+
+from __future__ import annotations
+
+import inspect
+import platform
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mmkernels import runtime
+from mmkernels.version import __version__
+
+
+def explain(op: Any, *args: Any, **kwargs: Any) -> Any:
+    """Says which kernel a call would run, and why each other backend would not.
+
+    Args:
+        op: a public op (``mk.token_roll``) or its name.
+        *args, **kwargs: the arguments of the call. It is checked by running it on meta tensors, so bad input raises as
+            the call itself would.
+
+    Returns:
+        An Explanation: `.kernel` ("cpu/avx2"), `.reasons` by backend; printed, a line a backend.
+
+    Raises:
+        ValueError: `op` is no public op. TypeError: the arguments do not fit its signature.
+    """
+    from mmkernels.cards import card_of
+    from mmkernels.ops.backends import choose
+
+    card = card_of(op)
+    bound = inspect.signature(card.function).bind(*args, **kwargs)
+    bound.apply_defaults()
+    _check_on_meta(card.function, args, kwargs)
+    return choose(card.name, card.backends, bound.arguments)
+
+
+def _check_on_meta(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+
+    def meta(value: Any) -> Any:
+        # What lies on another device stays there, so that the call's own check names it.
+        moves = isinstance(value, torch.Tensor) and value.device == tensors[0].device
+        return value.to("meta") if moves else value
+
+    with torch.no_grad():
+        function(*(meta(value) for value in args), **{name: meta(value) for name, value in kwargs.items()})
+
+
+@dataclass(frozen=True)
+class Info:
+    """What this installation is and can do. Printed, it is a report; its fields are for programs."""
+
+    version: str
+    python: str
+    torch: str
+    platform: str
+    isa: str
+    isas: tuple[str, ...]
+    cuda_library: str
+    triton: str
+    build: dict[str, Any]
+    ops: tuple[dict[str, Any], ...]
+
+    def __str__(self) -> str:
+        build = self.build
+        lines = [
+            f"mmkernels {self.version}, Python {self.python}, torch {self.torch}, {self.platform}",
+            f"CPU tier in force: {self.isa} (this processor offers {', '.join(self.isas)})",
+            f"CUDA library: {self.cuda_library}",
+            f"Triton: {self.triton}",
+            f"built by {build['compiler']}, torch {build['torch_headers']} headers, stable ABI of torch "
+            f"{build['torch_target']}; needs {build['needs']}; wheel tag {build['platform_tag']}",
+            "ops:",
+        ]
+        lines += [f"  mk.{op['name']}: {op['summary']} [{', '.join(op['backends'])}]" for op in self.ops]
+        return "\n".join(lines)
+
+
+def info() -> Info:
+    """Versions, tiers, libraries, and every op with the backends that can run on this machine."""
+    from mmkernels.cards import all_cards
+
+    missing = {
+        "cuda": runtime.cuda_library_missing,
+        "triton": runtime.triton_missing() or (None if torch.cuda.is_available() else "there is no GPU"),
+    }
+    triton = runtime.triton_missing()
+    if triton is None:
+        import triton as triton_package
+
+        triton = triton_package.__version__
+    return Info(
+        version=__version__,
+        python=sys.version.split()[0],
+        torch=torch.__version__,
+        platform=platform.platform(),
+        isa=runtime.isa(),
+        isas=runtime.available_isas(),
+        cuda_library="in use" if runtime.cuda_library_missing is None else f"not in use: {runtime.cuda_library_missing}",
+        triton=triton,
+        build=runtime.build_record(),
+        ops=tuple(
+            {
+                "name": card.name,
+                "family": card.family,
+                "summary": card.summary,
+                "backends": tuple(b.name for b in card.backends if missing.get(b.name) is None),
+            }
+            for card in all_cards()
+        ),
+    )

@@ -1,0 +1,1 @@
+"""The ops: one file a family, from the public function down to the registered operator."""
