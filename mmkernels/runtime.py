@@ -13,7 +13,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -144,7 +144,7 @@ def strict() -> bool:
     return os.environ.get("MMKERNELS_STRICT", "0") not in ("", "0")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _warn_once(message: str) -> None:
     warnings.warn(message, FallbackWarning, stacklevel=4)
 
@@ -157,7 +157,7 @@ def report_fallback(op: str, reasons: str) -> None:
     _warn_once(message)
 
 
-@lru_cache(maxsize=None)
+@cache
 def triton_missing() -> str | None:
     """None where Triton can be imported, else the reason why not."""
     try:
@@ -167,7 +167,7 @@ def triton_missing() -> str | None:
     return None
 
 
-@lru_cache(maxsize=None)
+@cache
 def build_record() -> dict[str, Any]:
     """What the build wrote down about itself (mmkernels/lib/build.json)."""
     return json.loads((_LIBRARY_FOLDER / "build.json").read_text())

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from functools import lru_cache
+from functools import cache, lru_cache
 
 from mmkernels.cards.card import Card
 
 
-@lru_cache(maxsize=None)
+@cache
 def all_cards() -> tuple[Card, ...]:
     """Every op's card, by family and then in the order of its file."""
     families = sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "card")
