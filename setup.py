@@ -2,7 +2,7 @@
 
 Environment: MMKERNELS_TORCH_DIR (folder of the torch package to build against, where it is not found by itself),
 MMKERNELS_CUDA=0|1 (never / always build the CUDA library; default: where nvcc is found), MMKERNELS_CUDA_ARCHS
-("80;90a;100a"), MMKERNELS_TEST_EXTENSION=1 (also build the test extension, next to the libraries).
+("80;90a;100a").
 """
 
 from __future__ import annotations
@@ -90,7 +90,6 @@ class CMakeBuild(build_ext):
         options = [
             f"-DTORCH_DIR={torch_folder}",
             f"-DMMK_CUDA={cuda}",
-            f"-DMMK_TEST_EXTENSION={'ON' if os.environ.get('MMKERNELS_TEST_EXTENSION') == '1' else 'OFF'}",
             f"-DPython3_EXECUTABLE={sys.executable}",
             "-DPython3_FIND_VIRTUALENV=ONLY",
             f"-DCMAKE_INSTALL_PREFIX={target}",
@@ -106,8 +105,6 @@ class CMakeBuild(build_ext):
         if target.exists():
             shutil.rmtree(target)
         subprocess.run(["cmake", "--install", ".", "--strip"], cwd=build, check=True)
-        for extension in build.glob("mmkernels_blocks*.so"):
-            shutil.copy2(extension, target)
         self._write_record(target, torch_folder, build)
 
     def _write_record(self, target: Path, torch_folder: Path, build: Path) -> None:

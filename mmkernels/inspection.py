@@ -19,7 +19,7 @@ def explain(op: Any, *args: Any, **kwargs: Any) -> Any:
 
     Args:
         op: a public op (``mk.token_roll``) or its name.
-        *args, **kwargs: the arguments of the call. It is checked by running it on meta tensors, so bad input raises as
+        *args, **kwargs: the arguments of the call. It is checked by running it on fake tensors, so bad input raises as
             the call itself would.
 
     Returns:
@@ -34,20 +34,22 @@ def explain(op: Any, *args: Any, **kwargs: Any) -> Any:
     card = card_of(op)
     bound = inspect.signature(card.function).bind(*args, **kwargs)
     bound.apply_defaults()
-    _check_on_meta(card.function, args, kwargs)
+    _check_on_fakes(card.function, args, kwargs)
     return choose(card.name, card.backends, bound.arguments)
 
 
-def _check_on_meta(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+def _check_on_fakes(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
 
-    def meta(value: Any) -> Any:
-        # What lies on another device stays there, so that the call's own check names it.
-        moves = isinstance(value, torch.Tensor) and value.device == tensors[0].device
-        return value.to("meta") if moves else value
+    mode = FakeTensorMode()
 
-    with torch.no_grad():
-        function(*(meta(value) for value in args), **{name: meta(value) for name, value in kwargs.items()})
+    def fake(value: Any) -> Any:
+        return mode.from_tensor(value.detach()) if isinstance(value, torch.Tensor) else value
+
+    fake_args = tuple(fake(value) for value in args)
+    fake_kwargs = {name: fake(value) for name, value in kwargs.items()}
+    with mode, torch.no_grad():
+        function(*fake_args, **fake_kwargs)
 
 
 @dataclass(frozen=True)

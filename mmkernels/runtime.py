@@ -114,6 +114,17 @@ if "MMKERNELS_ISA" in os.environ:
         raise ValueError(f"MMKERNELS_ISA={os.environ['MMKERNELS_ISA']}: {error}") from None
 
 
+# --- poisoned outputs -------------------------------------------------------------------------------------------------
+@contextmanager
+def poisoned_outputs() -> Iterator[None]:
+    """For tests: compiled kernels get their outputs filled with NaN, so that an element left unwritten shows."""
+    library.mmk_poison_outputs(1)
+    try:
+        yield
+    finally:
+        library.mmk_poison_outputs(0)
+
+
 # --- which kernels ran ------------------------------------------------------------------------------------------------
 def record_kernel(op: str, kernel: str) -> None:
     """For kernels outside the compiled CPU library: says that `kernel` ran for `op`."""

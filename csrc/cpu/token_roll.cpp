@@ -4,18 +4,17 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <cstring>
 #include <tuple>
 #include <vector>
 
+#include "../common/token_roll_problem.h"
+#include "core/cache.h"
 #include "core/parallel.h"
-#include "core/tensor.h"
 #include "core/trace.h"
 
 namespace mmk {
 namespace {
-
-using Ints = std::vector<std::int64_t>;
-using MaybeTensor = std::optional<Tensor>;
 
 struct Tier {
   const TokenRollKernels* kernels;
@@ -29,73 +28,6 @@ Tier tier_for(bool is_double) {
   const auto choice = token_roll_kernels_tiers.choose();
   return {choice.kernels, names[static_cast<int>(choice.isa)]};
 }
-
-int dtype_index(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return 0;
-    case ScalarType::BFloat16:
-      return 1;
-    case ScalarType::Half:
-      return 2;
-    case ScalarType::Double:
-      return 3;
-    default:
-      check(false, "x", "the kernel takes float32, bfloat16, float16 or float64");
-      return -1;
-  }
-}
-
-// The shape of one call; owns the segments that RollShape points to.
-struct Problem {
-  std::vector<RollSegment> segments;
-  RollShape shape{};
-  std::int64_t rows = 0, positions = 0;
-  bool empty = false;
-
-  // divisor > 0: the system's own two ranges, f = tokens / divisor tokens after the first and the last f. divisor 0:
-  // `ranges`, a start, stop and shift each, ascending and disjoint. What no range names does not move.
-  Problem(const Tensor& x, std::int64_t frames, std::int64_t divisor, const Ints& ranges, bool inverse) {
-    check(x.dim() == 3, "x", "expected [B*T, N, C], got ", x.dim(), " dimensions");
-    rows = x.size(0);
-    shape.tokens = x.size(1);
-    shape.channels = x.size(2);
-    shape.frames = frames;
-    shape.row_stride = x.stride(0);
-    shape.token_stride = x.stride(1);
-    check(shape.channels <= 1 || x.stride(2) == 1, "x", "the last dimension must be contiguous, got stride ", x.stride(2));
-    check(frames >= 1 && rows % frames == 0, "num_frames", "must divide the ", rows, " rows of x, got ", frames);
-    if (divisor > 0) {
-      const std::int64_t fold = shape.tokens / divisor;
-      check(2 * fold < shape.tokens || fold == 0, "divisor", "must leave the first token and two disjoint ranges of ",
-            shape.tokens, " tokens, got ", divisor);
-      if (fold > 0) {
-        add(1, 1 + fold, 1, inverse);
-        add(shape.tokens - fold, shape.tokens, -1, inverse);
-      }
-    } else {
-      check(ranges.size() % 3 == 0, "ranges", "expected (start, stop, shift) triples, got ", ranges.size(), " numbers");
-      for (std::size_t i = 0; i < ranges.size(); i += 3) add(ranges[i], ranges[i + 1], ranges[i + 2], inverse);
-    }
-    if (end() < shape.tokens) segments.push_back({end(), shape.tokens, 0});
-    shape.segments = segments.data();
-    shape.num_segments = static_cast<std::int64_t>(segments.size());
-    positions = rows * shape.tokens;
-    empty = positions == 0 || shape.channels == 0;
-  }
-
- private:
-  std::int64_t end() const { return segments.empty() ? 0 : segments.back().stop; }
-
-  void add(std::int64_t start, std::int64_t stop, std::int64_t shift, bool inverse) {
-    check(end() <= start && start <= stop && stop <= shape.tokens, "ranges", "(", start, ", ", stop,
-          ") must be ascending, disjoint and within the ", shape.tokens, " tokens of x");
-    if (start == stop) return;
-    if (end() < start) segments.push_back({end(), start, 0});
-    const std::int64_t forward = (shift % shape.frames + shape.frames) % shape.frames;
-    segments.push_back({start, stop, inverse && forward != 0 ? shape.frames - forward : forward});
-  }
-};
 
 Tensor token_roll(Tensor x, std::int64_t num_frames, std::int64_t divisor, Ints ranges, bool inverse) {
   const Problem problem(x, num_frames, divisor, ranges, inverse);
@@ -117,11 +49,9 @@ Tensor token_roll(Tensor x, std::int64_t num_frames, std::int64_t divisor, Ints 
 class Parameter {
  public:
   Parameter(const MaybeTensor& tensor, const char* name, const Tensor& x, std::int64_t channels) {
+    check_parameter(tensor, name, x, channels);
     if (!tensor.has_value()) return;
-    check(tensor->dim() == 1 && tensor->size(0) == channels, name, "expected [", channels, "]");
-    const ScalarType dtype = tensor->scalar_type(), of_x = x.scalar_type();
-    check(dtype == of_x || (dtype == ScalarType::Float && of_x != ScalarType::Double), name,
-          "expected the dtype of x, or float32 beside bfloat16 and float16");
+    const ScalarType dtype = tensor->scalar_type();
     const bool whole = dtype == ScalarType::Float || dtype == ScalarType::Double;
     const std::int64_t stride = tensor->stride(0);
     if (whole && (stride == 1 || channels <= 1)) {
@@ -168,7 +98,10 @@ std::tuple<Tensor, Tensor, Tensor> token_roll_layer_norm(Tensor x, std::int64_t 
   Tensor stats = new_tensor(x, {2, problem.rows, shape.tokens}, of_stats);
   const Tier tier = tier_for(is_double);
   trace("token_roll_layer_norm", tier.name);
-  if (problem.empty) return {normed, rolled, stats};
+  if (problem.empty) {  // the statistics of no channels are NaN
+    std::memset(stats.mutable_data_ptr(), 0xff, static_cast<std::size_t>(stats.numel()) * stats.element_size());
+    return {normed, rolled, stats};
+  }
   const std::int64_t elements = problem.positions * shape.channels;
   const std::int64_t traffic = elements * static_cast<std::int64_t>(x.element_size() * (need_rolled ? 2 : 1) +
                                                                     normed.element_size());
@@ -187,11 +120,6 @@ std::tuple<Tensor, Tensor, Tensor> token_roll_layer_norm(Tensor x, std::int64_t 
   parallel_for(problem.positions, shape.channels,
                [&](std::int64_t begin, std::int64_t end) { kernel(call, begin, end); });
   return {normed, rolled, stats};
-}
-
-// Partial sums per chunk of positions: enough chunks for any number of threads, few enough to add up in no time.
-std::int64_t chunks_of(std::int64_t positions) {
-  return std::min<std::int64_t>(64, std::max<std::int64_t>(1, positions / 32));
 }
 
 // Adds the chunks' sums in their order and stores them in the parameter's dtype.
@@ -228,23 +156,7 @@ std::tuple<Tensor, Tensor, Tensor> token_roll_layer_norm_backward(MaybeTensor gr
   const int dtype = dtype_index(x);
   const bool is_double = dtype == 3;
   const std::int32_t of_x = dtype_of(x);
-  bool wide = false;
-  const auto check_gradient = [&](const MaybeTensor& gradient, const char* name) {
-    if (!gradient.has_value()) return;
-    check(gradient->is_contiguous() && gradient->dim() == 3 && gradient->size(0) == problem.rows &&
-              gradient->size(1) == shape.tokens && gradient->size(2) == shape.channels,
-          name, "expected a contiguous gradient of the shape of x");
-  };
-  check_gradient(grad_normed, "grad_normed");
-  check_gradient(grad_rolled, "grad_rolled");
-  if (grad_normed.has_value() && dtype_of(*grad_normed) != of_x) {
-    check(grad_normed->scalar_type() == ScalarType::Float, "grad_normed", "expected the dtype of x or float32");
-    wide = true;
-  }
-  check(!grad_rolled.has_value() || dtype_of(*grad_rolled) == of_x, "grad_rolled", "expected the dtype of x");
-  check(stats.is_contiguous() && stats.numel() == 2 * problem.positions &&
-            stats.scalar_type() == (is_double ? ScalarType::Double : ScalarType::Float),
-        "stats", "expected the [2, B*T, N] statistics of the forward call");
+  const bool wide = check_backward(problem, grad_normed, grad_rolled, x, stats);
   const Parameter weights(weight, "weight", x, shape.channels);
 
   const std::int64_t channels = shape.channels;

@@ -192,6 +192,8 @@ void norm(const RollNorm& call, int64_t begin, int64_t end) {
 
       const auto normalised = [&](int64_t i, int64_t lanes) {
         Register value = (load_lanes<A>(x + i, lanes) - means) * rstds;
+        if (weight != nullptr && bias != nullptr)
+          return V::fma(value, load_lanes<A>(weight + i, lanes), load_lanes<A>(bias + i, lanes));
         if (weight != nullptr) value = value * load_lanes<A>(weight + i, lanes);
         if (bias != nullptr) value = value + load_lanes<A>(bias + i, lanes);
         return value;

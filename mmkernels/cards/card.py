@@ -67,7 +67,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Target:
-    """A promise: at least `ratio` times as fast as the best of `peers`, or with below=True, at most `ratio` times as long."""
+    """A promise: at least `ratio` times as fast as the best of `peers`; or, `at_most`, at most `ratio` times as long."""
 
     peers: tuple[str, ...]
     ratio: float
@@ -113,5 +113,6 @@ class Card:
     dtypes: tuple[torch.dtype, ...]
     systems: tuple[str, ...]  # published systems that it serves
     summary: str
+    twice_differentiable: bool = False  # where not, a second derivative raises
     bench: tuple[BenchCase, ...] = ()
     overheads: tuple[Overhead, ...] = ()

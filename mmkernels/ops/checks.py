@@ -18,7 +18,7 @@ def check_tensor(value: Any, name: str, shape: str, dtypes: tuple[torch.dtype, .
         raise TypeError(f"{name}: expected {', '.join(map(str, dtypes))}, got {value.dtype}")
     if value.dim() != shape.count(",") + 1:
         raise ValueError(f"{name}: expected {shape}, got shape {tuple(value.shape)}")
-    if value.size(-1) > 1 and value.stride(-1) != 1:
+    if value.stride(-1) != 1 and value.size(-1) > 1 and value.numel() > 0:
         raise ValueError(f"{name}: the last dimension must be contiguous, got strides {value.stride()}; call .contiguous()")
     return value
 
@@ -35,7 +35,8 @@ def check_parameter(value: Any, name: str, size: int, beside: Tensor, beside_nam
         value.dtype == torch.float32 and beside.dtype in (torch.bfloat16, torch.float16)
     ):
         raise TypeError(
-            f"{name}: expected the dtype of {beside_name}, {beside.dtype}, or float32 beside half precision, got {value.dtype}"
+            f"{name}: expected the dtype of {beside_name}, {beside.dtype} (or float32 beside half precision), "
+            f"got {value.dtype}"
         )
     if value.dim() != 1 or value.size(0) != size:
         raise ValueError(f"{name}: expected shape ({size},), got {tuple(value.shape)}")

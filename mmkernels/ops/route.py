@@ -16,8 +16,8 @@ the same, called below ``Function.apply``'s Python part       --         12
 ======================================================  =======  =========
 
 So an eager call goes below the autograd keys where no gradient is wanted, and through a combined-forward ``Function``
-where one is. Compiled graphs, functorch transforms and direct calls of the operator meet the same formulas through
-``register_autograd``. An integer list costs 0.25 us an entry on its way through the dispatcher, which is why the ranges
+where one is. Compiled graphs and direct calls of the operator meet the same formulas through ``register_autograd``,
+functorch transforms through a ``Function`` in the form that they need. An integer list costs 0.25 us an entry on its way through the dispatcher, which is why the ranges
 that a family uses by default are named by a number instead.
 """
 
@@ -28,12 +28,14 @@ from typing import Any
 
 import torch
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 
 from mmkernels import runtime
 from mmkernels.ops.backends import Backend, choose
 
 LIBRARY = torch.library.Library("mmkernels", "FRAGMENT")
+
+# Operator -> what runs where the compiled libraries have no kernel (see `implement`).
+PYTHON_KERNELS: dict[str, Callable[..., Any]] = {}
 
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 _functorch_active = torch._C._are_functorch_transforms_active
@@ -84,6 +86,7 @@ def implement(
         runtime.report_fallback(name, "; ".join(f"{b}: {r}" for b, r in explanation.reasons.items() if r is not None))
         return reference(*args)
 
+    PYTHON_KERNELS[op._schema.name] = run
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     if runtime.cuda_library_missing is not None:
         LIBRARY.impl(name, run, "CUDA")
@@ -94,10 +97,11 @@ def differentiable(
 ) -> Callable[..., Any]:
     """The way into `op` for eager, compiled and transformed code alike: call(requires_grad, *arguments of op).
 
-    `setup_context(ctx, inputs, output)` and `backward(ctx, *gradients)` are written once and serve both registrations.
+    `setup_context(ctx, inputs, output)` and `backward(ctx, *gradients)` are written once and serve all registrations.
     `twice`: whether backward is itself differentiable; where not, a second derivative raises.
     """
-    torch.library.register_autograd(op._schema.name, backward, setup_context=setup_context, lib=LIBRARY)
+    name = op._schema.name
+    torch.library.register_autograd(name, backward, setup_context=setup_context, lib=LIBRARY)
     direct = op._op  # the overload without the Python method around it: 0.35 us
 
     def forward(ctx: Any, *args: Any) -> Any:
@@ -107,22 +111,35 @@ def differentiable(
         return output
 
     Function = type(
-        op._schema.name.removeprefix("mmkernels::"),
+        name.removeprefix("mmkernels::"),
         (torch.autograd.Function,),
-        {
-            "forward": staticmethod(forward),
-            "backward": staticmethod(backward if twice else once_differentiable(backward)),
-        },
+        {"forward": staticmethod(forward), "backward": staticmethod(backward if twice else _once(backward, name))},
     )
+
+    class UnderFunctorch(torch.autograd.Function):
+        """The same for torch.func.grad, vmap and their like, which need forward and setup_context apart."""
+
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(*args: Any) -> Any:
+            with _below_autograd():
+                return op(*args)
+
+    UnderFunctorch.setup_context = staticmethod(setup_context)  # type: ignore[method-assign, assignment]
+    UnderFunctorch.backward = staticmethod(backward)  # type: ignore[method-assign]
+
     # What Function.apply does before this is for functorch, which takes the other way.
-    apply = super(torch.autograd.Function, Function).apply
+    apply = super(torch.autograd.Function, Function).apply  # type: ignore[misc]
 
     def call(requires_grad: bool, *args: Any) -> Any:
         try:
-            if _compiling() or _functorch_active():
+            if _compiling():
                 return op(*args)
+            if _functorch_active():
+                return UnderFunctorch.apply(*args)
             if forward_ad._current_level >= 0:
-                _reject_forward_mode(op, args)
+                _reject_forward_mode(name, args)
             if requires_grad and _grad_enabled():
                 return apply(*args)
             with _below_autograd():
@@ -133,17 +150,59 @@ def differentiable(
     return call
 
 
-def not_differentiable(op: Any) -> None:
-    """For an operator that is itself a backward pass: a second derivative through it raises instead of being wrong."""
-    name = op._schema.name
+def not_differentiable(op: Any) -> Callable[..., Any]:
+    """The way into an operator that is itself a backward pass: call(False, *arguments of op). Its derivative raises."""
+
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Nothing is kept: backward only raises."""
 
     def backward(ctx: Any, *gradients: Any) -> Any:
-        raise NotImplementedError(f"{name} has no derivative: mmkernels does not differentiate this op twice")
+        raise _no_second_derivative(op._schema.name)
 
-    torch.library.register_autograd(name, backward, lib=LIBRARY)
+    return differentiable(op, setup_context, backward, twice=True)
 
 
-def _reject_forward_mode(op: Any, args: tuple[Any, ...]) -> None:
+def _no_second_derivative(name: str) -> NotImplementedError:
+    return NotImplementedError(f"{name}: mmkernels does not differentiate this op twice")
+
+
+class _Refuse(torch.autograd.Function):
+    """The identity, tied to everything that a gradient was computed from, whose own backward raises."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, gradient: torch.Tensor, *sources: torch.Tensor) -> torch.Tensor:
+        ctx.name = name
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        raise _no_second_derivative(ctx.name)
+
+
+def _once(backward: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """`backward` whose results, under create_graph, raise when they are differentiated with respect to anything.
+
+    torch's once_differentiable ties them to the upstream gradients alone: with respect to the op's inputs, the second
+    derivative would be missing instead of refused.
+    """
+
+    def wrapped(ctx: Any, *gradients: Any) -> Any:
+        with torch.no_grad():
+            results = backward(ctx, *gradients)
+        if not torch.is_grad_enabled():
+            return results
+        sources = [t for t in (*ctx.saved_tensors, *gradients) if isinstance(t, torch.Tensor) and t.requires_grad]
+        return tuple(_Refuse.apply(name, r, *sources) if isinstance(r, torch.Tensor) else r for r in results)
+
+    return wrapped
+
+
+def autocast_widens_norms(device: torch.device) -> bool:
+    """Whether torch's autocast now runs normalisations in float32 there: on the CPU it leaves their dtype alone."""
+    return device.type != "cpu" and torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
+def _reject_forward_mode(name: str, args: tuple[Any, ...]) -> None:
     for value in args:
         if isinstance(value, torch.Tensor) and forward_ad.unpack_dual(value).tangent is not None:
-            raise NotImplementedError(f"{op._schema.name} has no forward-mode derivative (torch.func.jvp, dual tensors)")
+            raise NotImplementedError(f"{name} has no forward-mode derivative (torch.func.jvp, dual tensors)")

@@ -11,7 +11,7 @@ from torch.compiler import is_compiling
 
 from mmkernels.ops import backends
 from mmkernels.ops.checks import check_int, check_parameter, check_tensor
-from mmkernels.ops.route import define, differentiable, implement, not_differentiable
+from mmkernels.ops.route import autocast_widens_norms, define, differentiable, implement, not_differentiable
 from mmkernels.reference import token_roll as reference
 
 Range = reference.Range
@@ -132,10 +132,24 @@ _norm_backward_op = define(
     _fake_norm_backward,
 )
 
-BACKENDS = (
-    backends.cpu(("generic", "avx2", "avx512")),
+def _few_channels(arguments: backends.Arguments) -> str | None:
+    channels = arguments["x"].size(-1)
+    return None if channels <= 16384 else f"x has {channels} channels; the Triton kernels take 16384"
+
+
+_TIERS = ("generic", "avx2", "avx512")
+_HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
+
+ROLL_BACKENDS = (
+    backends.cpu(_TIERS, generic_only=()),
     backends.cuda(),
-    backends.triton((torch.float32, torch.bfloat16, torch.float16)),
+    backends.triton(_HALF_AND_SINGLE),
+    backends.REFERENCE,
+)
+NORM_BACKENDS = (
+    backends.cpu(_TIERS),
+    backends.cuda(),
+    backends.triton(_HALF_AND_SINGLE, extra=_few_channels),
     backends.REFERENCE,
 )
 
@@ -151,7 +165,7 @@ def _triton(name: str) -> Callable[[], Callable[..., Any]]:
 
 implement(
     _roll_op,
-    BACKENDS,
+    ROLL_BACKENDS,
     "x",
     check=_fake_roll,
     triton=_triton("token_roll"),
@@ -159,7 +173,7 @@ implement(
 )
 implement(
     _norm_op,
-    BACKENDS,
+    NORM_BACKENDS,
     "x",
     check=_fake_norm,
     triton=_triton("token_roll_layer_norm"),
@@ -167,7 +181,7 @@ implement(
 )
 implement(
     _norm_backward_op,
-    BACKENDS,
+    NORM_BACKENDS,
     "x",
     check=_fake_norm_backward,
     triton=_triton("token_roll_layer_norm_backward"),
@@ -204,7 +218,8 @@ def _norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor,
 
 def _norm_backward(ctx: Any, grad_normed: Tensor | None, grad_rolled: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
     x, stats, weight, bias = ctx.saved_tensors
-    grad_x, grad_weight, grad_bias = _norm_backward_op(
+    grad_x, grad_weight, grad_bias = _call_norm_backward(
+        False,
         _contiguous(grad_normed),
         _contiguous(grad_rolled) if ctx.need_rolled else None,
         x,
@@ -228,8 +243,8 @@ def _norm_backward(ctx: Any, grad_normed: Tensor | None, grad_rolled: Tensor | N
     )
 
 
+_call_norm_backward = not_differentiable(_norm_backward_op)
 _call_norm = differentiable(_norm_op, _norm_setup, _norm_backward, twice=False)
-not_differentiable(_norm_backward_op)
 
 
 # --- public functions -------------------------------------------------------------------------------------------------
@@ -290,12 +305,12 @@ def token_roll_layer_norm(
         need_rolled: False writes the normed tokens alone and gives None for the rolled ones.
 
     Returns:
-        (normed, rolled), each [B*T, N, C] in the dtype of x; under autocast normed is float32, as F.layer_norm's is.
+        (normed, rolled), each [B*T, N, C] in the dtype of x; under autocast on CUDA normed is float32, as F.layer_norm's is.
         Mean and variance are float32 (float64 for float64 x).
 
     Raises:
         TypeError, ValueError: as :func:`token_roll`; weight or bias of another dtype, device or length than fits x.
-        A second derivative raises RuntimeError.
+        NotImplementedError: a second derivative.
 
     Source: as :func:`token_roll`; the block is the pre-norm ViT block.
     """
@@ -307,6 +322,6 @@ def token_roll_layer_norm(
     requires_grad = (
         x.requires_grad or (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad)
     )
-    float_normed = torch.is_autocast_enabled(x.device.type)
+    float_normed = autocast_widens_norms(x.device)
     normed, rolled, _ = _call_norm(requires_grad, x, num_frames, *plan, weight, bias, eps, need_rolled, float_normed)
     return normed, rolled if need_rolled else None

@@ -77,9 +77,10 @@ def token_roll_layer_norm_op(
     """The operator mmkernels::token_roll_layer_norm: (normed, rolled or empty, [mean; rstd])."""
     rolled = token_roll_op(x, num_frames, divisor, ranges)
     wide = rolled.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-    variance, mean = torch.var_mean(wide, dim=-1, correction=0)
-    rstd = torch.rsqrt(variance + eps)
-    normed = (wide - mean[..., None]) * rstd[..., None]
+    mean = wide.mean(-1)
+    centred = wide - mean[..., None]
+    rstd = torch.rsqrt(centred.square().mean(-1) + eps)
+    normed = centred * rstd[..., None]
     if weight is not None:
         normed = normed * weight
     if bias is not None:

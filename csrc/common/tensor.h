@@ -1,10 +1,12 @@
-// What every family's entry needs of tensors: errors that name the argument, dtypes, new tensors, cache size.
+// What every family's entry needs of tensors, on the CPU and on CUDA: errors that name the argument, dtypes, new tensors.
 #pragma once
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
-#include <unistd.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <cstring>
+#include <initializer_list>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -25,6 +27,19 @@ void check(bool holds, const char* argument, const Parts&... parts) {
   throw std::runtime_error(message.str());
 }
 
+// Whether tests asked for poisoned outputs: what a kernel forgets to write is then NaN instead of plausible old memory.
+extern "C" int mmk_poisons_outputs();
+
+inline void poison(const Tensor& tensor) {
+  const std::size_t bytes = static_cast<std::size_t>(tensor.numel()) * tensor.element_size();
+  if (bytes == 0) return;
+#ifdef __CUDACC__
+  cudaMemset(tensor.mutable_data_ptr(), 0xff, bytes);
+#else
+  std::memset(tensor.mutable_data_ptr(), 0xff, bytes);
+#endif
+}
+
 // A new contiguous tensor on `like`'s device, through the C shim: half the cost of a dispatcher call.
 inline Tensor new_tensor(const Tensor& like, std::initializer_list<std::int64_t> sizes, std::int32_t dtype) {
   std::int64_t strides[8];
@@ -39,23 +54,15 @@ inline Tensor new_tensor(const Tensor& like, std::initializer_list<std::int64_t>
   AtenTensorHandle handle = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<std::int64_t>(sizes.size()), sizes.begin(), strides, dtype,
                                                   device_type, device_index, &handle));
-  return Tensor(handle);
+  Tensor tensor(handle);
+  if (mmk_poisons_outputs()) poison(tensor);
+  return tensor;
 }
 
 inline std::int32_t dtype_of(const Tensor& tensor) {
   std::int32_t dtype = 0;
   aoti_torch_get_dtype(tensor.get(), &dtype);
   return dtype;
-}
-
-// Stores bypass the cache where a call's traffic does not fit in the last-level cache: the lines would be evicted
-// before anyone reads them, and reading them in first would cost a third of the bandwidth.
-inline bool exceeds_cache(std::int64_t bytes) {
-  static const std::int64_t cache = [] {
-    const long size = sysconf(_SC_LEVEL3_CACHE_SIZE);
-    return size > 0 ? static_cast<std::int64_t>(size) : std::int64_t{32} << 20;
-  }();
-  return bytes > cache;
 }
 
 }  // namespace mmk

@@ -1,0 +1,74 @@
+// The test extension: building blocks of the CPU core, for pytest alone. Never part of the wheel.
+#include "blocks.h"
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "core/amx.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using Bits = py::array_t<std::uint16_t, py::array::c_style>;
+using Floats = py::array_t<float, py::array::c_style>;
+
+const mmk::VecBlocks& blocks_of(const std::string& tier) {
+  for (int i = 0; i < mmk::isa_count; ++i)
+    if (tier == mmk::isa_name(static_cast<mmk::Isa>(i)) && mmk::vec_blocks_tiers.tables[i] != nullptr) {
+      if (i > static_cast<int>(mmk::best_isa())) throw std::invalid_argument("this processor does not offer " + tier);
+      return *mmk::vec_blocks_tiers.tables[i];
+    }
+  throw std::invalid_argument("no vectors of tier " + tier);
+}
+
+template <class T>
+Floats widen(void (*convert)(const T*, float*, std::int64_t), const Bits& bits) {
+  Floats out(bits.size());
+  convert(reinterpret_cast<const T*>(bits.data()), out.mutable_data(), bits.size());
+  return out;
+}
+
+template <class T>
+Bits narrow(void (*convert)(const float*, T*, std::int64_t), const Floats& values) {
+  Bits out(values.size());
+  convert(values.data(), reinterpret_cast<T*>(out.mutable_data()), values.size());
+  return out;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(mmkernels_blocks, module) {
+  module.doc() = "building blocks of mmkernels' CPU core, for tests";
+  module.def("width", [](const std::string& tier) { return blocks_of(tier).width; });
+  module.def("widen", [](const std::string& tier, const std::string& type, bool scalars, const Bits& bits) {
+    const mmk::VecBlocks& blocks = blocks_of(tier);
+    if (type == "bfloat16") return widen(scalars ? blocks.widen_bfloat16_scalars : blocks.widen_bfloat16, bits);
+    return widen(scalars ? blocks.widen_float16_scalars : blocks.widen_float16, bits);
+  });
+  module.def("narrow", [](const std::string& tier, const std::string& type, bool scalars, const Floats& values) {
+    const mmk::VecBlocks& blocks = blocks_of(tier);
+    if (type == "bfloat16") return narrow(scalars ? blocks.narrow_bfloat16_scalars : blocks.narrow_bfloat16, values);
+    return narrow(scalars ? blocks.narrow_float16_scalars : blocks.narrow_float16, values);
+  });
+  module.def("sum", [](const std::string& tier, const Floats& values) {
+    const mmk::VecBlocks& blocks = blocks_of(tier);
+    if (values.size() < blocks.width) throw std::invalid_argument("fewer values than lanes");
+    return blocks.sum(values.data());
+  });
+  module.def("fma", [](const std::string& tier, float a, float b, float c) { return blocks_of(tier).fma(a, b, c); });
+  module.def("amx_usable", &mmk::amx::usable);
+#if MMK_X86_TIERS
+  module.def("amx_tile_product", [](const Bits& a, const Bits& b_pairs, const Floats& c) {
+    if (!mmk::amx::usable()) throw std::invalid_argument("this processor does not offer amx");
+    if (a.size() != 512 || b_pairs.size() != 512 || c.size() != 256) throw std::invalid_argument("a tile is 16 x 64 bytes");
+    Floats out(c.size());
+    std::copy(c.data(), c.data() + c.size(), out.mutable_data());
+    mmk::amx::tile_product(a.data(), b_pairs.data(), out.mutable_data());
+    return out;
+  });
+#endif
+}

@@ -1,0 +1,287 @@
+"""Token rolling in Triton, alone and with LayerNorm: forward and backward.
+
+Index glossary: a row is one frame's tokens; a position is row * tokens + token of the output; `shifts` holds one shift per
+token. Every kernel moves whole rows of channels in tiles of BLOCK_C, a power of two. No float atomics: the weights'
+gradients are sums over fixed chunks of positions, added up in a fixed order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mmkernels.reference.token_roll import default_ranges
+
+MAX_CHANNELS = 16384
+
+# BLOCK_C -> warps: about eight elements of a row a thread.
+_WARPS = {64: 1, 256: 1, 1024: 4, 4096: 8, MAX_CHANNELS: 16}
+
+
+@triton.jit
+def _source_row(row, shift, frames):
+    frame = row % frames
+    source = frame - shift
+    return row - frame + tl.where(source < 0, source + frames, source)
+
+
+@triton.jit
+def roll_kernel(x, out, shifts, frames, tokens, channels, row_stride, token_stride, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
+    """One program moves BLOCK_N tokens of one row; grid: (rows * cdiv(tokens, BLOCK_N),)."""
+    tiles = tl.cdiv(tokens, BLOCK_N)
+    program = tl.program_id(0).to(tl.int64)
+    row = program // tiles
+    token = (program % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = token < tokens
+    source = _source_row(row, tl.load(shifts + token, mask=inside, other=0), frames)
+    from_offset = source * row_stride + token * token_stride
+    to_offset = (row * tokens + token) * channels
+    for start in range(0, channels, BLOCK_C):
+        c = start + tl.arange(0, BLOCK_C)
+        mask = inside[:, None] & (c < channels)[None, :]
+        tl.store(out + to_offset[:, None] + c[None, :], tl.load(x + from_offset[:, None] + c[None, :], mask=mask), mask=mask)
+
+
+@triton.jit
+def norm_kernel(
+    x, shifts, weight, bias, normed, rolled, mean_out, rstd_out, frames, tokens, channels, row_stride, token_stride, eps,
+    HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, NEED_ROLLED: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """One program rolls and normalises one position; grid: (rows * tokens,)."""
+    position = tl.program_id(0).to(tl.int64)
+    row = position // tokens
+    token = position % tokens
+    source = _source_row(row, tl.load(shifts + token), frames)
+    c = tl.arange(0, BLOCK_C)
+    inside = c < channels
+    raw = tl.load(x + source * row_stride + token * token_stride + c, mask=inside, other=0.0)
+    if NEED_ROLLED:
+        tl.store(rolled + position * channels + c, raw, mask=inside)
+    value = raw.to(tl.float32)
+    mean = tl.sum(value) / channels
+    centred = tl.where(inside, value - mean, 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred) / channels + eps)
+    value = centred * rstd
+    if HAS_WEIGHT:
+        value = value * tl.load(weight + c, mask=inside, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        value = value + tl.load(bias + c, mask=inside, other=0.0).to(tl.float32)
+    tl.store(normed + position * channels + c, value.to(normed.dtype.element_ty), mask=inside)
+    tl.store(mean_out + position, mean)
+    tl.store(rstd_out + position, rstd)
+
+
+@triton.jit
+def backward_kernel(
+    grad_normed, grad_rolled, x, shifts, weight, mean_in, rstd_in, grad_x, partial_weight, partial_bias,
+    frames, tokens, channels, row_stride, token_stride, positions, chunks,
+    HAS_NORMED: tl.constexpr, HAS_ROLLED: tl.constexpr, HAS_WEIGHT: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """One program takes one chunk of positions: their grad_x, and the chunk's sums; grid: (chunks,).
+
+    With h = (x - mean) rstd and g = grad_normed * weight:
+    grad_x = rstd (g - mean(g) - h mean(g h)) + grad_rolled at the position's source, which no other position shares.
+    """
+    chunk = tl.program_id(0).to(tl.int64)
+    c = tl.arange(0, BLOCK_C)
+    inside = c < channels
+    sum_weight = tl.zeros((BLOCK_C,), dtype=tl.float32)
+    sum_bias = tl.zeros((BLOCK_C,), dtype=tl.float32)
+    begin = positions * chunk // chunks
+    end = positions * (chunk + 1) // chunks
+    for position in range(begin, end):
+        row = position // tokens
+        token = position % tokens
+        source = _source_row(row, tl.load(shifts + token), frames)
+        gradient = tl.zeros((BLOCK_C,), dtype=tl.float32)
+        if HAS_NORMED:
+            value = tl.load(x + source * row_stride + token * token_stride + c, mask=inside, other=0.0).to(tl.float32)
+            upstream = tl.load(grad_normed + position * channels + c, mask=inside, other=0.0).to(tl.float32)
+            rstd = tl.load(rstd_in + position)
+            hat = (value - tl.load(mean_in + position)) * rstd
+            scaled = upstream
+            if HAS_WEIGHT:
+                scaled = upstream * tl.load(weight + c, mask=inside, other=0.0).to(tl.float32)
+            mean_g = tl.sum(scaled) / channels
+            mean_gh = tl.sum(scaled * hat) / channels
+            gradient = (scaled - mean_g - hat * mean_gh) * rstd
+            sum_weight += upstream * hat
+            sum_bias += upstream
+        if HAS_ROLLED:
+            gradient += tl.load(grad_rolled + position * channels + c, mask=inside, other=0.0).to(tl.float32)
+        to = grad_x + (source * tokens + token) * channels + c
+        tl.store(to, gradient.to(grad_x.dtype.element_ty), mask=inside)
+    tl.store(partial_weight + chunk * channels + c, sum_weight, mask=inside)
+    tl.store(partial_bias + chunk * channels + c, sum_bias, mask=inside)
+
+
+# --- launches -----------------------------------------------------------------------------------------------------------
+def _block_c(channels: int) -> int:
+    return next(block for block in _WARPS if block >= channels)
+
+
+def _roll_blocks(channels: int) -> tuple[int, int]:
+    """(BLOCK_N, BLOCK_C): tiles of 4096 elements, wide where rows are wide."""
+    block_c = min(1024, max(64, _block_c(min(channels, 1024))))
+    return 4096 // block_c, block_c
+
+
+@lru_cache(maxsize=256)
+def _shift_table(
+    num_tokens: int, num_frames: int, divisor: int, flat: tuple[int, ...], inverse: bool, device: torch.device
+) -> Tensor:
+    """The shift of every token, modulo the frames, on the device: made once per shape, so that no call waits for a copy."""
+    if divisor > 0:
+        ranges: Sequence[tuple[int, ...]] = default_ranges(num_tokens, divisor)
+    else:
+        ranges = [flat[i : i + 3] for i in range(0, len(flat), 3)]
+    shifts = torch.zeros(num_tokens, dtype=torch.int64)
+    for start, stop, shift in ranges:
+        shifts[start:stop] = (-shift if inverse else shift) % num_frames
+    return shifts.to(device)
+
+
+def token_roll(x: Tensor, num_frames: int, divisor: int, ranges: Sequence[int], inverse: bool = False) -> Tensor:
+    """The operator mmkernels::token_roll."""
+    rows, tokens, channels = x.shape
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if out.numel() == 0:
+        return out
+    shifts = _shift_table(tokens, num_frames, divisor, tuple(ranges), inverse, x.device)
+    block_n, block_c = _roll_blocks(channels)
+    roll_kernel[(rows * triton.cdiv(tokens, block_n),)](
+        x, out, shifts, num_frames, tokens, channels, x.stride(0), x.stride(1), BLOCK_N=block_n, BLOCK_C=block_c, num_warps=4
+    )
+    return out
+
+
+def token_roll_layer_norm(
+    x: Tensor,
+    num_frames: int,
+    divisor: int,
+    ranges: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    need_rolled: bool,
+    float_normed: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator mmkernels::token_roll_layer_norm."""
+    rows, tokens, channels = x.shape
+    normed = torch.empty(x.shape, dtype=torch.float32 if float_normed else x.dtype, device=x.device)
+    rolled = torch.empty(x.shape if need_rolled else (0,), dtype=x.dtype, device=x.device)
+    stats = torch.empty((2, rows, tokens), dtype=torch.float32, device=x.device)
+    if normed.numel() == 0:
+        return normed, rolled, stats.fill_(torch.nan)  # the statistics of no channels
+    shifts = _shift_table(tokens, num_frames, divisor, tuple(ranges), False, x.device)
+    block_c = _block_c(channels)
+    norm_kernel[(rows * tokens,)](
+        x,
+        shifts,
+        x if weight is None else weight.contiguous(),
+        x if bias is None else bias.contiguous(),
+        normed,
+        rolled,
+        stats[0],
+        stats[1],
+        num_frames,
+        tokens,
+        channels,
+        x.stride(0),
+        x.stride(1),
+        eps,
+        HAS_WEIGHT=weight is not None,
+        HAS_BIAS=bias is not None,
+        NEED_ROLLED=need_rolled,
+        BLOCK_C=block_c,
+        num_warps=_WARPS[block_c],
+    )
+    return normed, rolled, stats
+
+
+def token_roll_layer_norm_backward(
+    grad_normed: Tensor | None,
+    grad_rolled: Tensor | None,
+    x: Tensor,
+    stats: Tensor,
+    num_frames: int,
+    divisor: int,
+    ranges: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator mmkernels::token_roll_layer_norm_backward."""
+    rows, tokens, channels = x.shape
+    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    positions = rows * tokens
+    # Enough chunks to fill a GPU, few enough that their sums are little beside the gradients; cut by size alone.
+    chunks = min(1024, max(1, positions // 8))
+    partial = torch.zeros((2, chunks, channels), dtype=torch.float32, device=x.device)
+    if grad_x.numel() > 0:
+        shifts = _shift_table(tokens, num_frames, divisor, tuple(ranges), False, x.device)
+        block_c = _block_c(channels)
+        backward_kernel[(chunks,)](
+            x if grad_normed is None else grad_normed,
+            x if grad_rolled is None else grad_rolled,
+            x,
+            shifts,
+            x if weight is None else weight.contiguous(),
+            stats[0],
+            stats[1],
+            grad_x,
+            partial[0],
+            partial[1],
+            num_frames,
+            tokens,
+            channels,
+            x.stride(0),
+            x.stride(1),
+            positions,
+            chunks,
+            HAS_NORMED=grad_normed is not None,
+            HAS_ROLLED=grad_rolled is not None,
+            HAS_WEIGHT=weight is not None,
+            BLOCK_C=block_c,
+            num_warps=_WARPS[block_c],
+        )
+
+    def parameter(needed: bool, like: Tensor | None, sums: Tensor) -> Tensor:
+        dtype = x.dtype if like is None else like.dtype
+        return sums.sum(0).to(dtype) if needed else torch.empty(0, dtype=dtype, device=x.device)
+
+    return grad_x, parameter(need_weight, weight, partial[0]), parameter(need_bias, bias, partial[1])
+
+
+# --- what can be launched, for the gate that compiles all of it without a GPU -------------------------------------------
+def configurations() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int]]:
+    """(kernel, signature, constants, warps) of every tile and element type that the launches above can choose."""
+    strides = {name: "i64" for name in ("row_stride", "token_stride")}
+    sizes = {name: "i32" for name in ("frames", "tokens", "channels")}
+    types = (("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp16"), ("bf16", "fp32"), ("fp16", "fp32"))
+    for x in ("fp32", "bf16", "fp16"):
+        for block_c in (64, 256, 1024):
+            signature = {"x": f"*{x}", "out": f"*{x}", "shifts": "*i64", **sizes, **strides}
+            yield roll_kernel, signature, {"BLOCK_N": 4096 // block_c, "BLOCK_C": block_c}, 4
+    for x, normed in types:
+        for block_c, warps in _WARPS.items():
+            pointers = ("x", "shifts", "weight", "bias", "normed", "rolled", "mean_out", "rstd_out")
+            kinds = (x, "i64", x, x, normed, x, "fp32", "fp32")
+            signature = {name: f"*{kind}" for name, kind in zip(pointers, kinds, strict=True)}
+            flags = {"HAS_WEIGHT": True, "HAS_BIAS": True, "NEED_ROLLED": True, "BLOCK_C": block_c}
+            yield norm_kernel, {**signature, **sizes, **strides, "eps": "fp32"}, flags, warps
+            pointers = (
+                "grad_normed", "grad_rolled", "x", "shifts", "weight", "mean_in", "rstd_in", "grad_x", "partial_weight",
+                "partial_bias",
+            )  # fmt: skip
+            kinds = (normed, x, x, "i64", x, "fp32", "fp32", x, "fp32", "fp32")
+            signature = {name: f"*{kind}" for name, kind in zip(pointers, kinds, strict=True)}
+            flags = {"HAS_NORMED": True, "HAS_ROLLED": True, "HAS_WEIGHT": True, "BLOCK_C": block_c}
+            yield backward_kernel, {**signature, **sizes, **strides, "positions": "i32", "chunks": "i32"}, flags, warps

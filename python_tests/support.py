@@ -1,0 +1,86 @@
+"""What the tests share: the correctness rule, drawing calls, gradients, comparing."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmkernels.cards.card import Call, Card, Sample
+
+CPU = torch.device("cpu")
+
+
+def draw(sample: Sample, dtype: torch.dtype, device: torch.device = CPU) -> Call:
+    """The sample's call; the same numbers in every process."""
+    return sample.make(device, dtype, torch.Generator().manual_seed(zlib.crc32(sample.name.encode())))
+
+
+def as_tuple(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+
+
+def to_double(call: Call) -> Call:
+    return call.map_tensors(lambda t: t.detach().double() if t.is_floating_point() else t)
+
+
+def leaves(call: Call) -> tuple[Call, list[Tensor]]:
+    """The call with its floating tensors as leaves that require grad, and these leaves. Strides are kept."""
+    made: list[Tensor] = []
+
+    def leaf(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        made.append(tensor.detach().requires_grad_())
+        return made[-1]
+
+    return call.map_tensors(leaf), made
+
+
+def cotangents(outputs: Sequence[Any]) -> list[Tensor]:
+    """Fixed random gradients for the tensor outputs."""
+    generator = torch.Generator().manual_seed(7)
+    return [
+        torch.randn(o.shape, generator=generator).to(device=o.device, dtype=o.dtype) for o in outputs if isinstance(o, Tensor)
+    ]
+
+
+def gradients(function: Callable[..., Any], call: Call, upstream: Sequence[Tensor] | None = None) -> list[Tensor | None]:
+    """Gradients of the floating tensors of `call` for fixed (or the given) upstream gradients."""
+    call, wanted = leaves(call)
+    outputs = [o for o in as_tuple(call.of(function)) if isinstance(o, Tensor)]
+    upstream = cotangents(outputs) if upstream is None else [u.to(o.dtype) for u, o in zip(upstream, outputs, strict=True)]
+    return list(torch.autograd.grad(outputs, wanted, upstream, allow_unused=True))
+
+
+def assert_within_rule(actual: Tensor, plain: Tensor, oracle: Tensor, what: str, *, extra: float = 0.0) -> None:
+    """The correctness rule: no further from float64 than twice what torch's plain formula in the same dtype is, plus
+    2 eps max|oracle| (and `extra`, a golden vector's own error); the largest error and the root mean square."""
+    assert actual.shape == oracle.shape, f"{what}: shape {tuple(actual.shape)} instead of {tuple(oracle.shape)}"
+    if actual.numel() == 0:
+        return
+    allowance = 2 * torch.finfo(actual.dtype).eps * oracle.abs().max().item() + extra
+    if actual.dtype == torch.float64:  # the oracle then errs as much as we do, in its own order of summation
+        allowance *= 1000
+    error, plain_error = (actual.double() - oracle).abs(), (plain.double() - oracle).abs()
+    assert not error.isnan().any(), f"{what}: NaN"
+    for name, of in (("largest", torch.max), ("rms", lambda e: e.square().mean().sqrt())):
+        ours, theirs = of(error).item(), of(plain_error).item()
+        assert ours <= 2 * theirs + allowance, f"{what}: {name} error {ours:.3e}, plain torch has {theirs:.3e}"
+
+
+def assert_same_bits(a: Any, b: Any, what: str) -> None:
+    """Equal bit for bit, NaN included."""
+    if a is None or b is None:
+        assert a is b, what
+        return
+    assert a.shape == b.shape and a.dtype == b.dtype, what
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    assert torch.equal(a.contiguous().view(integers), b.contiguous().view(integers)), f"{what}: bits differ"
+
+
+def sample_ids(cards: Sequence[Card], *, full: bool) -> list[tuple[Card, Sample]]:
+    return [(card, sample) for card in cards for sample in card.samples if sample.full == full]
