@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(1024) norm_kernel(const __grid_constant__ Segm
   A squares = 0;
   for (int64_t c = threadIdx.x; c < layout.channels; c += blockDim.x) {
     const A centred = widen(from[c]) - mean;
-    squares += centred * centred;
+    squares = fma(centred, centred, squares);
   }
   const A rstd = A(1) / sqrt(block_sum(squares, warp_sums) / count + eps);
   for (int64_t c = threadIdx.x; c < layout.channels; c += blockDim.x) {
@@ -168,7 +168,7 @@ __global__ void __launch_bounds__(1024) backward_kernel(const __grid_constant__ 
     for (int64_t c = threadIdx.x; c < layout.channels; c += blockDim.x) {
       const A g = gradient(c);
       sum_g += g;
-      sum_gh += g * ((widen(from[c]) - mean) * rstd);
+      sum_gh = fma(g, (widen(from[c]) - mean) * rstd, sum_gh);
     }
     sum_g = block_sum(sum_g, warp_sums) / count;
     sum_gh = block_sum(sum_gh, warp_sums) / count;
@@ -196,7 +196,7 @@ __global__ void partial_sums_kernel(const __grid_constant__ Segments segments, L
     const int64_t position = row * layout.tokens + token;
     const A g = widen(grad_normed[position * layout.channels + column]);
     const T raw = x[source_row(segments, layout.frames, row, token) * layout.row_stride + token * layout.token_stride + column];
-    weight += g * ((widen(raw) - mean_in[position]) * rstd_in[position]);
+    weight = fma(g, (widen(raw) - mean_in[position]) * rstd_in[position], weight);
     bias += g;
   }
   partial_weight[blockIdx.x * layout.channels + column] += weight;

@@ -20,6 +20,9 @@ from mmkernels.reference.token_roll import default_ranges
 
 MAX_CHANNELS = 16384
 
+# The norm kernels run without fused multiply-adds of the compiler's choosing: they would make a product differ from
+# itself, and a gradient that is zero come out as rounding noise times 1 / sqrt(eps).
+
 # BLOCK_C -> warps: about eight elements of a row a thread.
 _WARPS = {64: 1, 256: 1, 1024: 4, 4096: 8, MAX_CHANNELS: 16}
 
@@ -201,6 +204,7 @@ def token_roll_layer_norm(
         NEED_ROLLED=need_rolled,
         BLOCK_C=block_c,
         num_warps=_WARPS[block_c],
+        enable_fp_fusion=False,
     )
     return normed, rolled, stats
 
@@ -251,6 +255,7 @@ def token_roll_layer_norm_backward(
             HAS_WEIGHT=weight is not None,
             BLOCK_C=block_c,
             num_warps=_WARPS[block_c],
+            enable_fp_fusion=False,
         )
 
     def parameter(needed: bool, like: Tensor | None, sums: Tensor) -> Tensor:
