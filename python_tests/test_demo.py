@@ -187,5 +187,8 @@ def test_a_wrong_output_does_not_pass() -> None:
     assert [row.passes for row in output_errors(exact, wrong, good)] == [True, True, False, True]
 
 
-def test_ratio_is_of_medians() -> None:
-    assert Comparison("op", plain=(2.0, 2.0, 9.0), kernels=(1.0, 0.1, 1.0)).ratio == 2.0
+def test_ratio_is_of_medians_and_noise_is_called_so() -> None:
+    faster = Comparison("op", plain=(2.0, 2.0, 9.0), kernels=(1.0, 0.1, 1.0))
+    assert faster.ratio == 2.0
+    assert faster.differs
+    assert not Comparison("op", plain=(2.0, 1.0, 3.0), kernels=(1.9, 0.1, 4.0)).differs

@@ -63,7 +63,9 @@ def test_every_bit_pattern_is_carried(dtype: torch.dtype, isa: str) -> None:
     """Rolling moves bits: NaN payloads, signed zeros and subnormals arrive as they were; so do the fused op's rolled tokens."""
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
     generator = torch.Generator().manual_seed(5)
-    bits = torch.randint(torch.iinfo(integers).min, torch.iinfo(integers).max, (6, 33, 37), dtype=integers, generator=generator)
+    bits = torch.randint(
+        torch.iinfo(integers).min, torch.iinfo(integers).max, (6, 33, 37), dtype=integers, generator=generator
+    )
     x = bits.view(dtype)
     assert_same_bits(mk.token_roll(x, 3), reference.token_roll(x, 3), "roll")
     rolled = mk.token_roll_layer_norm(x, 3, None, None, 1e-6)[1]
@@ -126,7 +128,9 @@ def test_gradient_that_is_expanded_or_missing() -> None:
             loss(*reference.token_roll_layer_norm(x, 3, weight, None, 1e-6)), (x, weight), allow_unused=True
         )
         for a, b in zip(ours, theirs, strict=True):
-            torch.testing.assert_close(torch.zeros_like(weight) if a is None else a, torch.zeros_like(weight) if b is None else b)
+            torch.testing.assert_close(
+                torch.zeros_like(weight) if a is None else a, torch.zeros_like(weight) if b is None else b
+            )
 
 
 def test_only_the_parameters_or_only_x_require_grad() -> None:
@@ -216,5 +220,3 @@ def test_raw_operator_refuses_bad_numbers() -> None:
             continue
         with pytest.raises(RuntimeError, match=rf"mmkernels: {name}: "):
             op(*arguments)
-
-

@@ -37,6 +37,9 @@ LIBRARY = torch.library.Library("mmkernels", "FRAGMENT")
 # Operator -> what runs where the compiled libraries have no kernel (see `implement`).
 PYTHON_KERNELS: dict[str, Callable[..., Any]] = {}
 
+# Operator -> its own signature in plain torch: the last fallback, and what tests hold the kernels against.
+REFERENCES: dict[str, Callable[..., Any]] = {}
+
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 _functorch_active = torch._C._are_functorch_transforms_active
 _grad_enabled = torch.is_grad_enabled
@@ -87,6 +90,7 @@ def implement(
         return reference(*args)
 
     PYTHON_KERNELS[op._schema.name] = run
+    REFERENCES[op._schema.name] = reference
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     if runtime.cuda_library_missing is not None:
         LIBRARY.impl(name, run, "CUDA")

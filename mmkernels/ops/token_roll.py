@@ -132,9 +132,10 @@ _norm_backward_op = define(
     _fake_norm_backward,
 )
 
+
 def _few_channels(arguments: backends.Arguments) -> str | None:
     channels = arguments["x"].size(-1)
-    return None if channels <= 16384 else f"x has {channels} channels; the Triton kernels take 16384"
+    return None if channels <= 4096 else f"x has {channels} channels; the Triton kernels take 4096"
 
 
 _TIERS = ("generic", "avx2", "avx512")

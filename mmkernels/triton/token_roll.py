@@ -18,13 +18,16 @@ from torch import Tensor
 
 from mmkernels.reference.token_roll import default_ranges
 
-MAX_CHANNELS = 16384
+MAX_CHANNELS = 4096  # a row lives in one program's registers, and in backward so do its running sums: twice as many spill
 
-# The norm kernels run without fused multiply-adds of the compiler's choosing: they would make a product differ from
-# itself, and a gradient that is zero come out as rounding noise times 1 / sqrt(eps).
+# BLOCK_C -> warps: at most eight elements of a row a thread.
+_WARPS = {64: 1, 256: 1, 1024: 8, MAX_CHANNELS: 16}
 
-# BLOCK_C -> warps: about eight elements of a row a thread.
-_WARPS = {64: 1, 256: 1, 1024: 4, 4096: 8, MAX_CHANNELS: 16}
+
+def _options(warps: int) -> dict[str, Any]:
+    """Launch options. No fused multiply-adds of the compiler's choosing: they would make a product differ from itself, and
+    a gradient that is zero come out as rounding noise times 1 / sqrt(eps)."""
+    return {"num_warps": warps, "enable_fp_fusion": False}
 
 
 @triton.jit
@@ -35,7 +38,9 @@ def _source_row(row, shift, frames):
 
 
 @triton.jit
-def roll_kernel(x, out, shifts, frames, tokens, channels, row_stride, token_stride, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
+def roll_kernel(
+    x, out, shifts, frames, tokens, channels, row_stride, token_stride, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr
+):
     """One program moves BLOCK_N tokens of one row; grid: (rows * cdiv(tokens, BLOCK_N),)."""
     tiles = tl.cdiv(tokens, BLOCK_N)
     program = tl.program_id(0).to(tl.int64)
@@ -130,9 +135,9 @@ def _block_c(channels: int) -> int:
 
 
 def _roll_blocks(channels: int) -> tuple[int, int]:
-    """(BLOCK_N, BLOCK_C): tiles of 4096 elements, wide where rows are wide."""
-    block_c = min(1024, max(64, _block_c(min(channels, 1024))))
-    return 4096 // block_c, block_c
+    """(BLOCK_N, BLOCK_C): tiles of 1024 elements, wide where rows are wide."""
+    block_c = _block_c(min(channels, 1024))
+    return 1024 // block_c, block_c
 
 
 @lru_cache(maxsize=256)
@@ -159,7 +164,17 @@ def token_roll(x: Tensor, num_frames: int, divisor: int, ranges: Sequence[int], 
     shifts = _shift_table(tokens, num_frames, divisor, tuple(ranges), inverse, x.device)
     block_n, block_c = _roll_blocks(channels)
     roll_kernel[(rows * triton.cdiv(tokens, block_n),)](
-        x, out, shifts, num_frames, tokens, channels, x.stride(0), x.stride(1), BLOCK_N=block_n, BLOCK_C=block_c, num_warps=4
+        x,
+        out,
+        shifts,
+        num_frames,
+        tokens,
+        channels,
+        x.stride(0),
+        x.stride(1),
+        BLOCK_N=block_n,
+        BLOCK_C=block_c,
+        **_options(4),
     )
     return out
 
@@ -203,8 +218,7 @@ def token_roll_layer_norm(
         HAS_BIAS=bias is not None,
         NEED_ROLLED=need_rolled,
         BLOCK_C=block_c,
-        num_warps=_WARPS[block_c],
-        enable_fp_fusion=False,
+        **_options(_WARPS[block_c]),
     )
     return normed, rolled, stats
 
@@ -254,8 +268,7 @@ def token_roll_layer_norm_backward(
             HAS_ROLLED=grad_rolled is not None,
             HAS_WEIGHT=weight is not None,
             BLOCK_C=block_c,
-            num_warps=_WARPS[block_c],
-            enable_fp_fusion=False,
+            **_options(_WARPS[block_c]),
         )
 
     def parameter(needed: bool, like: Tensor | None, sums: Tensor) -> Tensor:
@@ -266,22 +279,22 @@ def token_roll_layer_norm_backward(
 
 
 # --- what can be launched, for the gate that compiles all of it without a GPU -------------------------------------------
-def configurations() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int]]:
-    """(kernel, signature, constants, warps) of every tile and element type that the launches above can choose."""
+def configurations() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
+    """(kernel, signature, constants, options) of every tile and element type that the launches above can choose."""
     strides = {name: "i64" for name in ("row_stride", "token_stride")}
     sizes = {name: "i32" for name in ("frames", "tokens", "channels")}
     types = (("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp16"), ("bf16", "fp32"), ("fp16", "fp32"))
     for x in ("fp32", "bf16", "fp16"):
         for block_c in (64, 256, 1024):
             signature = {"x": f"*{x}", "out": f"*{x}", "shifts": "*i64", **sizes, **strides}
-            yield roll_kernel, signature, {"BLOCK_N": 4096 // block_c, "BLOCK_C": block_c}, 4
+            yield roll_kernel, signature, {"BLOCK_N": 1024 // block_c, "BLOCK_C": block_c}, _options(4)
     for x, normed in types:
         for block_c, warps in _WARPS.items():
             pointers = ("x", "shifts", "weight", "bias", "normed", "rolled", "mean_out", "rstd_out")
             kinds = (x, "i64", x, x, normed, x, "fp32", "fp32")
             signature = {name: f"*{kind}" for name, kind in zip(pointers, kinds, strict=True)}
             flags = {"HAS_WEIGHT": True, "HAS_BIAS": True, "NEED_ROLLED": True, "BLOCK_C": block_c}
-            yield norm_kernel, {**signature, **sizes, **strides, "eps": "fp32"}, flags, warps
+            yield norm_kernel, {**signature, **sizes, **strides, "eps": "fp32"}, flags, _options(warps)
             pointers = (
                 "grad_normed", "grad_rolled", "x", "shifts", "weight", "mean_in", "rstd_in", "grad_x", "partial_weight",
                 "partial_bias",
@@ -289,4 +302,9 @@ def configurations() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int]
             kinds = (normed, x, x, "i64", x, "fp32", "fp32", x, "fp32", "fp32")
             signature = {name: f"*{kind}" for name, kind in zip(pointers, kinds, strict=True)}
             flags = {"HAS_NORMED": True, "HAS_ROLLED": True, "HAS_WEIGHT": True, "BLOCK_C": block_c}
-            yield backward_kernel, {**signature, **sizes, **strides, "positions": "i32", "chunks": "i32"}, flags, warps
+            yield (
+                backward_kernel,
+                {**signature, **sizes, **strides, "positions": "i32", "chunks": "i32"},
+                flags,
+                _options(warps),
+            )

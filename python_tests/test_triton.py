@@ -1,0 +1,152 @@
+"""Triton kernels without a GPU: the interpreter says that they are right, the compiler that they fit the hardware."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT
+
+import mmkernels.triton
+from mmkernels import runtime
+from mmkernels.cards import all_cards
+
+FAMILIES = sorted(module.name for module in pkgutil.iter_modules(mmkernels.triton.__path__))
+
+# Target -> shared memory that one block may have, in bytes (CUDA programming guide; CDNA 3 ISA: 64 KiB LDS).
+TARGETS = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
+
+
+def test_every_family_on_a_card_has_its_kernels_here() -> None:
+    expected = {card.family for card in all_cards() if any(b.name == "triton" for b in card.backends)}
+    assert expected == set(FAMILIES)
+
+
+def test_interpreter() -> None:
+    """Every sample, every operator, three dtypes, on the CPU (triton_interpreter.py)."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "python_tests" / "triton_interpreter.py")],
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT / "python_tests")},
+        cwd=ROOT / "python_tests",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert done.stdout.count("checked") > 100
+
+
+def compiled(kernel: Any, signature: dict[str, str], constants: dict[str, Any], options: dict[str, Any], target: str) -> Any:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    if target.startswith("sm_"):
+        gpu = GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
+    else:
+        gpu = GPUTarget("hip", target, 64)
+    full = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
+    positions = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(fn=kernel, signature=full, constexprs=positions)
+    return triton.compile(source, target=gpu, options=options)
+
+
+def nvidia_tool(name: str) -> Path:
+    import triton
+
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+
+
+def stack_bytes(binary: bytes | Path, folder: Path) -> list[int]:
+    """Stack and local memory of every kernel in a cubin or a library: where spilled registers go."""
+    if isinstance(binary, bytes):
+        path = folder / "kernel.cubin"
+        path.write_bytes(binary)
+    else:
+        path = binary
+    done = subprocess.run(
+        [nvidia_tool("cuobjdump"), "--dump-resource-usage", path], capture_output=True, text=True, check=True
+    )
+    usage = re.findall(r"STACK:(\d+).*?LOCAL:(\d+)", done.stdout)
+    assert usage, done.stdout + done.stderr
+    return [int(stack) + int(local) for stack, local in usage]
+
+
+def assert_fits(
+    kernel: Any, signature: dict[str, str], constants: dict[str, Any], options: dict[str, Any], target: str, tmp: Path
+) -> None:
+    result = compiled(kernel, signature, constants, options, target)
+    assert result.metadata.shared <= TARGETS[target], f"{result.metadata.shared} bytes of shared memory"
+    if target.startswith("sm_"):
+        assert stack_bytes(result.asm["cubin"], tmp) == [0], "registers spill"
+    else:
+        spills = re.findall(r"\.(?:vgpr|sgpr)_spill_count:\s+(\d+)", result.asm["amdgcn"])
+        assert spills and set(spills) == {"0"}, f"registers spill: {spills}"
+
+
+def configurations() -> Iterator[Any]:
+    """All configurations that a launch can choose; those in bfloat16 and float16 that differ from others in their element
+    type alone are for the full suite."""
+    for family in FAMILIES:
+        for kernel, signature, constants, options in importlib.import_module(f"mmkernels.triton.{family}").configurations():
+            types = {kind for kind in signature.values() if kind in ("*bf16", "*fp16")}
+            elements = "+".join(sorted(types)) or "*fp32"
+            name = f"{kernel.fn.__name__}-{elements}-{'-'.join(f'{k}={v}' for k, v in constants.items() if 'BLOCK' in k)}"
+            wide = any(signature.get(n) == "*fp32" for n in ("normed", "grad_normed")) and bool(types)
+            marks = [pytest.mark.full] if "*fp16" in types or wide else []
+            yield pytest.param(kernel, signature, constants, options, id=f"{name}{'-wide' if wide else ''}", marks=marks)
+
+
+@pytest.mark.parametrize(("kernel", "signature", "constants", "options"), list(configurations()))
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_configuration_compiles_and_fits(
+    kernel: Any, signature: dict[str, str], constants: dict[str, Any], options: dict[str, Any], target: str, tmp_path: Path
+) -> None:
+    assert_fits(kernel, signature, constants, options, target, tmp_path)
+
+
+def test_gate_sees_spills(tmp_path: Path) -> None:
+    """The gate itself: a kernel that holds far more than the registers of one warp fails it."""
+    from triton_greedy import greedy_kernel
+
+    with pytest.raises(AssertionError, match="spill"):
+        assert_fits(greedy_kernel, {"x": "*fp32", "out": "*fp32"}, {"BLOCK": 32768}, {"num_warps": 1}, "sm_80", tmp_path)
+
+
+def test_cuda_library_spills_nothing(tmp_path: Path) -> None:
+    """The compiled CUDA kernels of every architecture: no stack, no local memory. A build without nvcc has no such library."""
+    if not runtime.build_record()["cuda"]:
+        assert not runtime.CUDA_LIBRARY.exists()
+        return
+    usage = stack_bytes(runtime.CUDA_LIBRARY, tmp_path)
+    assert len(usage) >= 3 and set(usage) == {0}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_on_a_gpu(backend: str) -> None:
+    """Every sample on CUDA tensors, with the compiled library and with Triton (a process each: see gpu_suite.py)."""
+    if not torch.cuda.is_available():
+        pytest.fail("a gpu test was asked for where torch finds no GPU")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "python_tests" / "gpu_suite.py"), backend],
+        env={
+            **os.environ,
+            "MMKERNELS_CUDA_LIBRARY": "1" if backend == "cuda" else "0",
+            "PYTHONPATH": str(ROOT / "python_tests"),
+        },
+        cwd=ROOT / "python_tests",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
