@@ -115,3 +115,16 @@ def info() -> Info:
             for card in all_cards()
         ),
     )
+
+
+def ops_table() -> str:
+    """The README's table of ops, in Markdown, made from the cards."""
+    from mmkernels.cards import all_cards
+
+    titles = {"cpu": "CPU (C++)", "cuda": "CUDA C++", "triton": "Triton", "reference": "reference"}
+    rows = ["| op | what it does | backends | dtypes | systems |", "| --- | --- | --- | --- | --- |"]
+    for card in all_cards():
+        backends = ", ".join(titles[backend.name] for backend in card.backends)
+        dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in card.dtypes)
+        rows.append(f"| `mk.{card.name}` | {card.summary} | {backends} | {dtypes} | {', '.join(card.systems)} |")
+    return "\n".join(rows)

@@ -2,7 +2,7 @@
 
 Environment variables, read once at import: ``MMKERNELS_ISA`` (generic, avx2, avx512, amx: force a lower tier),
 ``MMKERNELS_CUDA_LIBRARY=0`` (do not load the CUDA library; Triton serves CUDA tensors). Read at each use:
-``MMKERNELS_STRICT=1`` (a slower fallback is an error), ``MMKERNELS_DEBUG=1`` (CUDA kernels raise on bad indices).
+``MMKERNELS_STRICT=1`` (a slower fallback is an error).
 """
 
 from __future__ import annotations
