@@ -18,7 +18,7 @@ from mmkernels import runtime
 from mmkernels.ops.route import translated
 
 sys.path.insert(0, str(ROOT / "csrc"))
-import audit  # noqa: E402  (csrc/audit.py)
+import audit
 
 LIBRARIES = [runtime.CPU_LIBRARY, *([runtime.CUDA_LIBRARY] if runtime.build_record()["cuda"] else [])]
 over_libraries = pytest.mark.parametrize("library", LIBRARIES, ids=lambda path: path.stem)
@@ -106,10 +106,10 @@ def test_tiers_are_ordered_and_can_be_forced() -> None:
 
 
 def test_a_tier_beyond_the_processor_is_refused() -> None:
-    with pytest.raises(ValueError, match="^isa: "):
+    with pytest.raises(ValueError, match=r"^isa: "):
         runtime.set_isa("sse9")
     for name in set(runtime.ISA_NAMES) - set(runtime.available_isas()):
-        with pytest.raises(ValueError, match="^isa: this processor offers"):
+        with pytest.raises(ValueError, match=r"^isa: this processor offers"):
             runtime.set_isa(name)
 
 

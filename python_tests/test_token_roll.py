@@ -60,7 +60,7 @@ def test_layer_norm_of_any_width(channels: int, rows: int, count: int, half: boo
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_every_bit_pattern_is_carried(dtype: torch.dtype, isa: str) -> None:
-    """Rolling moves bits: NaN payloads, signed zeros and subnormals arrive as they were; so do the fused op's rolled tokens."""
+    """Rolling moves bits: NaN payloads, signed zeros and subnormals arrive as they were, from the fused op too."""
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
     generator = torch.Generator().manual_seed(5)
     bits = torch.randint(
@@ -182,9 +182,9 @@ def test_float_equal_ranges_are_refused_after_an_equal_call() -> None:
     """1.0 == 1, but a range of floats is a mistake, whatever was called before."""
     x = tokens(6, 17, 8)
     mk.token_roll(x, 3, ranges=((1, 5, 1),))
-    with pytest.raises(TypeError, match="^ranges: "):
+    with pytest.raises(TypeError, match=r"^ranges: "):
         mk.token_roll(x, 3, ranges=((1, 5, 1.0),))  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="^num_frames: "):
+    with pytest.raises(TypeError, match=r"^num_frames: "):
         mk.token_roll(x, 3.0)  # type: ignore[arg-type]
 
 

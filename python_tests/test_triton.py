@@ -123,7 +123,7 @@ def test_gate_sees_spills(tmp_path: Path) -> None:
 
 
 def test_cuda_library_spills_nothing(tmp_path: Path) -> None:
-    """The compiled CUDA kernels of every architecture: no stack, no local memory. A build without nvcc has no such library."""
+    """The compiled CUDA kernels of every architecture: no stack, no local memory. (Without nvcc there are none.)"""
     if not runtime.build_record()["cuda"]:
         assert not runtime.CUDA_LIBRARY.exists()
         return

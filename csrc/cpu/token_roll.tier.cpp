@@ -175,6 +175,7 @@ void norm(const RollNorm& call, int64_t begin, int64_t end) {
       T* rolled = call.rolled == nullptr ? nullptr : static_cast<T*>(call.rolled) + p * channels;
 
       const A mean = sum_over<A>(channels, [&](Register sum, int64_t i, int64_t lanes) {
+                       if (stream && rolled != nullptr) V::stream_raw(rolled + i, x + i);
                        return sum + load_lanes<A>(x + i, lanes);
                      }) / static_cast<A>(channels);
       const Register means = V::set(mean);
@@ -200,8 +201,6 @@ void norm(const RollNorm& call, int64_t begin, int64_t end) {
       };
       if (stream) {
         for (int64_t i = 0; i < channels; i += V::width) V::stream(normed + i, normalised(i, V::width));
-        if (rolled != nullptr)
-          for (int64_t i = 0; i < channels; i += V::width) V::stream_raw(rolled + i, x + i);
         continue;
       }
       int64_t i = 0;

@@ -38,7 +38,13 @@ def run_worker(request: Request, allocator: str, on_event: Callable[[Event], Non
     with (
         tempfile.TemporaryFile("w+", errors="replace") as stderr,
         subprocess.Popen(
-            command, env=worker_environment(allocator), stdout=subprocess.PIPE, stderr=stderr, text=True
+            command,
+            env=worker_environment(allocator),
+            # `python -m` looks in the current folder first, and in a checkout that is the source without its libraries.
+            cwd=tempfile.gettempdir(),
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
         ) as process,
     ):
         assert process.stdout is not None

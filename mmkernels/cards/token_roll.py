@@ -203,7 +203,7 @@ _ROLL_BENCH = tuple(
 _NORM_BENCH = tuple(
     BenchCase(
         f"token_roll_layer_norm.{name}{suffix}",
-        _norm_call(rows, 197, 768, frames, **kwargs),
+        _norm_call(rows, 197, 768, frames, need_rolled=need_rolled),
         ops.token_roll_layer_norm,
         {"eager": _torch_roll_layer_norm, "reference": reference.token_roll_layer_norm},
         lambda call, moves=moves: _moved(call, *moves),  # type: ignore[misc]
@@ -212,11 +212,11 @@ _NORM_BENCH = tuple(
         target=Target(("eager", "compile"), ratio),
     )
     for name, rows, frames in _VIDEOS
-    for suffix, kwargs, moves, backward, ratio in (
-        ("", {}, (1, 2), False, 1.3),
-        (".normed_only", {"need_rolled": False}, (1, 1), False, 1.6),
+    for suffix, need_rolled, moves, backward, ratio in (
+        ("", True, (1, 2), False, 1.3),
+        (".normed_only", False, (1, 1), False, 1.6),
         # forward 1 + 2; backward reads x and two gradients, and writes one
-        (".backward", {}, (4, 3), True, 2.0),
+        (".backward", True, (4, 3), True, 2.0),
     )
 )
 

@@ -17,8 +17,8 @@ the same, called below ``Function.apply``'s Python part       --         12
 
 So an eager call goes below the autograd keys where no gradient is wanted, and through a combined-forward ``Function``
 where one is. Compiled graphs and direct calls of the operator meet the same formulas through ``register_autograd``,
-functorch transforms through a ``Function`` in the form that they need. An integer list costs 0.25 us an entry on its way through the dispatcher, which is why the ranges
-that a family uses by default are named by a number instead.
+functorch transforms through a ``Function`` in the form that they need. An integer list costs 0.25 us an entry on its way
+through the dispatcher, which is why the ranges that a family uses by default are named by a number instead.
 """
 
 from __future__ import annotations

@@ -295,12 +295,12 @@ def configurations() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dict
             signature = {name: f"*{kind}" for name, kind in zip(pointers, kinds, strict=True)}
             flags = {"HAS_WEIGHT": True, "HAS_BIAS": True, "NEED_ROLLED": True, "BLOCK_C": block_c}
             yield norm_kernel, {**signature, **sizes, **strides, "eps": "fp32"}, flags, _options(warps)
-            pointers = (
+            backward_pointers = (
                 "grad_normed", "grad_rolled", "x", "shifts", "weight", "mean_in", "rstd_in", "grad_x", "partial_weight",
                 "partial_bias",
             )  # fmt: skip
-            kinds = (normed, x, x, "i64", x, "fp32", "fp32", x, "fp32", "fp32")
-            signature = {name: f"*{kind}" for name, kind in zip(pointers, kinds, strict=True)}
+            backward_kinds = (normed, x, x, "i64", x, "fp32", "fp32", x, "fp32", "fp32")
+            signature = {name: f"*{kind}" for name, kind in zip(backward_pointers, backward_kinds, strict=True)}
             flags = {"HAS_NORMED": True, "HAS_ROLLED": True, "HAS_WEIGHT": True, "BLOCK_C": block_c}
             yield (
                 backward_kernel,

@@ -1,0 +1,1 @@
+"""The demo: All-in-one on a real video, with and without the kernels (`mmkernels demo`)."""
