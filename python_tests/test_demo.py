@@ -192,3 +192,9 @@ def test_ratio_is_of_medians_and_noise_is_called_so() -> None:
     assert faster.ratio == 2.0
     assert faster.differs
     assert not Comparison("op", plain=(2.0, 1.0, 3.0), kernels=(1.9, 0.1, 4.0)).differs
+
+
+def test_times_on_a_busy_machine_are_called_so() -> None:
+    assert Comparison("op", (1.0,), (1.0,), occupancy=0.5).starved
+    assert not Comparison("op", (1.0,), (1.0,), occupancy=0.98).starved
+    assert not Comparison("op", (1.0,), (1.0,)).starved

@@ -20,6 +20,10 @@ Inputs = tuple[Tensor, Tensor, Tensor]
 # One sample of a short operation spans at least this long, in seconds, so that the clock's own cost vanishes.
 _SHORTEST_SAMPLE = 5e-3
 
+# Threads that wait for each other spin, so a process that has its processors to itself comes close to 1. One that shares
+# them, or whose two threads the system keeps on one core, is several times slower, and not evenly so.
+_LEAST_OCCUPANCY = 0.7
+
 
 @dataclass(frozen=True)
 class OutputError:
@@ -47,6 +51,13 @@ class Comparison:
     name: str
     plain: tuple[float, ...]
     kernels: tuple[float, ...]
+    occupancy: float | None = None
+    """On the CPU: the processor time that the process got, over the wall time and torch's threads."""
+
+    @property
+    def starved(self) -> bool:
+        """Whether torch's threads waited for a processor, so that the times say more of the machine than of the code."""
+        return self.occupancy is not None and self.occupancy < _LEAST_OCCUPANCY
 
     @property
     def plain_median(self) -> float:
@@ -142,12 +153,15 @@ def _compare(
     shuffle = random.Random(0).shuffle
     for function, _ in order:
         _seconds(function, calls, device)
+    start, start_cpu = time.perf_counter(), time.process_time()
     for _ in range(rounds):
         shuffle(order)
         for function, times in order:
             times.append(_seconds(function, calls, device))
             on_sample()
-    return Comparison(name, tuple(samples[0]), tuple(samples[1]))
+    wall, cpu = time.perf_counter() - start, time.process_time() - start_cpu
+    occupancy = cpu / (wall * torch.get_num_threads()) if device.type == "cpu" else None
+    return Comparison(name, tuple(samples[0]), tuple(samples[1]), occupancy)
 
 
 def _seconds(function: Callable[[], object], calls: int, device: torch.device) -> float:

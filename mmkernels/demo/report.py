@@ -77,7 +77,13 @@ class Report:
             f"The {self.blocks} rolls with their LayerNorms are about {self.share:.1%} of the plain model's time: "
             "the most that the whole model can gain from this op."
         )
-        return [*noise, share]
+        busy = [
+            f"{row.name}: torch's threads got only {row.occupancy:.0%} of the processor time they could use. The "
+            "machine was busy or kept them on one core: do not trust these times. OMP_PROC_BIND=true keeps threads apart."
+            for row in self.times
+            if row.starved
+        ]
+        return [*noise, share, *busy]
 
 
 def machine_line(info: Info, device: torch.device) -> str:
