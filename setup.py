@@ -93,19 +93,23 @@ class CMakeBuild(build_ext):
             f"-DPython3_EXECUTABLE={sys.executable}",
             "-DPython3_FIND_VIRTUALENV=ONLY",
             f"-DCMAKE_INSTALL_PREFIX={target}",
+            # An isolated build has a ninja of its own each time; the one that an earlier build remembers is gone.
+            f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",
         ]
         if "MMKERNELS_CUDA_ARCHS" in os.environ:
             options.append(f"-DMMK_CUDA_ARCHS={os.environ['MMKERNELS_CUDA_ARCHS']}")
-        subprocess.run(["cmake", "-G", "Ninja", *options, str(ROOT)], cwd=build, check=True)
-        log = build / "ninja.log"
-        with log.open("w") as out:
-            built = subprocess.run(["ninja"], cwd=build, stdout=out, stderr=subprocess.STDOUT)
-        if built.returncode != 0:
-            raise SystemExit(f"the compiled kernels did not build:\n{log.read_text()[-8000:]}")
+        self._step(["cmake", "-G", "Ninja", *options, str(ROOT)], build)
+        self._step(["ninja"], build)
         if target.exists():
             shutil.rmtree(target)
-        subprocess.run(["cmake", "--install", ".", "--strip"], cwd=build, check=True)
+        self._step(["cmake", "--install", ".", "--strip"], build)
         self._write_record(target, torch_folder, build)
+
+    @staticmethod
+    def _step(command: list[str], build: Path) -> None:
+        done = subprocess.run(command, cwd=build, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+        if done.returncode != 0:
+            raise SystemExit(f"mmkernels: the compiled kernels did not build; {command[0]} said:\n{done.stdout[-8000:]}")
 
     def _write_record(self, target: Path, torch_folder: Path, build: Path) -> None:
         libraries = sorted(target.glob("libmmkernels_*.so"))
