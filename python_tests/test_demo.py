@@ -48,7 +48,7 @@ def test_report(video: Path, tmp_path: Path) -> None:
     out = tmp_path / "new" / "folder"
     command = [sys.executable, "-m", "mmkernels", "demo", "--video", str(video), "--out", str(out)]
     options = ["--model", "all_in_one_tiny", "--repeats", "1", "--text", "a red wall"]
-    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=300, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "matching_logits" in done.stdout
     assert str(out / "report.md") in done.stdout
