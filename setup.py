@@ -77,6 +77,23 @@ def check_torch(folder: Path) -> None:
         )
 
 
+def find_nvcc() -> str | None:
+    """The CUDA compiler, or None for a CPU-only build: MMKERNELS_CUDA=0, or no nvcc to be found."""
+    wish = os.environ.get("MMKERNELS_CUDA", "")
+    if wish == "0":
+        return None
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
+    places = [os.environ.get("CUDACXX"), shutil.which("nvcc"), *(f"{home}/bin/nvcc" for home in (*homes, "/usr/local/cuda"))]
+    nvcc = next((place for place in places if place and Path(place).is_file()), None)
+    if nvcc is None:
+        if wish == "1":
+            raise SystemExit(
+                "mmkernels: MMKERNELS_CUDA=1 asks for the CUDA library, and no nvcc is on PATH, CUDACXX or CUDA_HOME"
+            )
+        print("mmkernels: no nvcc found, so this build is CPU-only")
+    return nvcc
+
+
 class CMakeBuild(build_ext):
     """Runs CMake and ninja, audits what they made, and leaves the libraries in mmkernels/lib."""
 
@@ -86,18 +103,21 @@ class CMakeBuild(build_ext):
         build.mkdir(parents=True, exist_ok=True)
         package = ROOT if self.inplace else Path(self.build_lib).resolve()
         target = package / "mmkernels" / "lib"
-        cuda = {"0": "OFF", "1": "ON"}.get(os.environ.get("MMKERNELS_CUDA", ""), "AUTO")
+        nvcc = find_nvcc()
+        # Every option every time: what an earlier build in this folder chose must not come back.
         options = [
             f"-DTORCH_DIR={torch_folder}",
-            f"-DMMK_CUDA={cuda}",
+            f"-DMMK_CUDA={'OFF' if nvcc is None else 'ON'}",
+            f"-DMMK_CUDA_ARCHS={os.environ.get('MMKERNELS_CUDA_ARCHS', '80;90a;100a')}",
+            "-DMMK_TEST_EXTENSION=OFF",
             f"-DPython3_EXECUTABLE={sys.executable}",
             "-DPython3_FIND_VIRTUALENV=ONLY",
             f"-DCMAKE_INSTALL_PREFIX={target}",
             # An isolated build has a ninja of its own each time; the one that an earlier build remembers is gone.
             f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",
         ]
-        if "MMKERNELS_CUDA_ARCHS" in os.environ:
-            options.append(f"-DMMK_CUDA_ARCHS={os.environ['MMKERNELS_CUDA_ARCHS']}")
+        if nvcc is not None:
+            options.append(f"-DCMAKE_CUDA_COMPILER={nvcc}")
         self._step(["cmake", "-G", "Ninja", *options, str(ROOT)], build)
         self._step(["ninja"], build)
         if target.exists():

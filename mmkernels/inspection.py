@@ -86,10 +86,8 @@ def info() -> Info:
     """Versions, tiers, libraries, and every op with the backends that can run on this machine."""
     from mmkernels.cards import all_cards
 
-    missing = {
-        "cuda": runtime.cuda_library_missing,
-        "triton": runtime.triton_missing() or (None if torch.cuda.is_available() else "there is no GPU"),
-    }
+    no_gpu = None if torch.cuda.is_available() else "there is no GPU"
+    missing = {"cuda": runtime.cuda_library_missing or no_gpu, "triton": runtime.triton_missing() or no_gpu}
     triton = runtime.triton_missing()
     if triton is None:
         import triton as triton_package
