@@ -20,13 +20,15 @@ from pathlib import Path
 from setuptools import Distribution, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 from setuptools.extension import Extension
 
 ROOT = Path(__file__).resolve().parent
 MINIMUM_TORCH = (2, 10)
 NO_TORCH = (
     "mmkernels is built against the torch that it will run with, and this environment has none: type "
-    "`pip install torch==2.13.0`, then this command again (or set MMKERNELS_TORCH_DIR to the folder of an installed torch)."
+    "`pip install torch==2.13.0`, then this command again (with uv add --no-build-isolation, or set MMKERNELS_TORCH_DIR to "
+    "the folder of an installed torch)."
 )
 
 sys.path.insert(0, str(ROOT / "csrc"))
@@ -94,6 +96,23 @@ def find_nvcc() -> str | None:
     return nvcc
 
 
+def nvcc_version(nvcc: str) -> str:
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    match = re.search(r"release (\d+\.\d+)", said)
+    if match is None:
+        raise SystemExit(f"mmkernels: {nvcc} --version names no release")
+    return match[1]
+
+
+class FreshModules(build_py):
+    """Starts from nothing: a module that was deleted must not come back from an earlier build."""
+
+    def run(self) -> None:
+        if not self.editable_mode:
+            shutil.rmtree(Path(self.build_lib) / "mmkernels", ignore_errors=True)
+        super().run()
+
+
 class CMakeBuild(build_ext):
     """Runs CMake and ninja, audits what they made, and leaves the libraries in mmkernels/lib."""
 
@@ -101,10 +120,14 @@ class CMakeBuild(build_ext):
         torch_folder = find_torch()
         build = Path(self.build_temp).resolve() / "cmake"
         build.mkdir(parents=True, exist_ok=True)
+        # Configure anew: an earlier build may have had another compiler, torch or environment. Objects stay.
+        (build / "CMakeCache.txt").unlink(missing_ok=True)
+        for tool in ("cmake", "ninja"):
+            if shutil.which(tool) is None:
+                raise SystemExit(f"mmkernels is built with {tool}, which is not on PATH: type `pip install {tool}`.")
         package = ROOT if self.inplace else Path(self.build_lib).resolve()
         target = package / "mmkernels" / "lib"
         nvcc = find_nvcc()
-        # Every option every time: what an earlier build in this folder chose must not come back.
         options = [
             f"-DTORCH_DIR={torch_folder}",
             f"-DMMK_CUDA={'OFF' if nvcc is None else 'ON'}",
@@ -113,8 +136,6 @@ class CMakeBuild(build_ext):
             f"-DPython3_EXECUTABLE={sys.executable}",
             "-DPython3_FIND_VIRTUALENV=ONLY",
             f"-DCMAKE_INSTALL_PREFIX={target}",
-            # An isolated build has a ninja of its own each time; the one that an earlier build remembers is gone.
-            f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",
         ]
         if nvcc is not None:
             options.append(f"-DCMAKE_CUDA_COMPILER={nvcc}")
@@ -123,7 +144,7 @@ class CMakeBuild(build_ext):
         if target.exists():
             shutil.rmtree(target)
         self._step(["cmake", "--install", ".", "--strip"], build)
-        self._write_record(target, torch_folder, build)
+        self._write_record(target, torch_folder, nvcc)
 
     @staticmethod
     def _step(command: list[str], build: Path) -> None:
@@ -131,7 +152,7 @@ class CMakeBuild(build_ext):
         if done.returncode != 0:
             raise SystemExit(f"mmkernels: the compiled kernels did not build; {command[0]} said:\n{done.stdout[-8000:]}")
 
-    def _write_record(self, target: Path, torch_folder: Path, build: Path) -> None:
+    def _write_record(self, target: Path, torch_folder: Path, nvcc: str | None) -> None:
         libraries = sorted(target.glob("libmmkernels_*.so"))
         needs = audit.requirements(libraries)
         compiler = subprocess.run(["c++", "--version"], capture_output=True, text=True, check=False).stdout.splitlines()
@@ -140,7 +161,8 @@ class CMakeBuild(build_ext):
             "torch_headers": torch_version(torch_folder),
             "torch_target": "2.10",
             "libraries": [library.name for library in libraries],
-            "cuda": (target / "libmmkernels_cuda.so").exists(),
+            "cuda": nvcc is not None,
+            "cuda_version": None if nvcc is None else nvcc_version(nvcc),
             "needs": ", ".join(f"{name} {'.'.join(map(str, v))}" for name, v in sorted(needs.items())),
             "platform_tag": platform_tag(libraries),
         }
@@ -162,8 +184,12 @@ class CMakeBuild(build_ext):
 def platform_tag(libraries: list[Path]) -> str:
     """manylinux_X_Y_<machine> where the libraries' symbol versions fit a policy, else what Python says of the platform."""
     own = sysconfig.get_platform().replace("-", "_").replace(".", "_")
-    policy = audit.manylinux_policy(audit.requirements(libraries)) if own.startswith("linux_") else None
-    return own if policy is None else own.replace("linux_", f"manylinux_{policy}_", 1)
+    kind, _, version = (os.confstr("CS_GNU_LIBC_VERSION") or "").partition(" ") if own.startswith("linux_") else ("", "", "")
+    policy = audit.manylinux_policy(audit.requirements(libraries)) if kind == "glibc" else None
+    # A policy stands for a glibc, and pip takes none that is newer than its own: not even for what was built right here.
+    if policy is None or tuple(map(int, policy.split("_"))) > tuple(map(int, version.split(".")[:2])):
+        return own
+    return own.replace("linux_", f"manylinux_{policy}_", 1)
 
 
 class StableWheel(bdist_wheel):
@@ -188,5 +214,5 @@ class StableDistribution(Distribution):
 setup(
     distclass=StableDistribution,
     ext_modules=[Extension("mmkernels.lib.libmmkernels_cpu", sources=[])],
-    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": StableWheel},
+    cmdclass={"build_py": FreshModules, "build_ext": CMakeBuild, "bdist_wheel": StableWheel},
 )

@@ -52,6 +52,22 @@ def _load_cpu_library() -> ctypes.CDLL:
     return library
 
 
+@cache
+def build_record() -> dict[str, Any]:
+    """What the build wrote down about itself (mmkernels/lib/build.json)."""
+    return json.loads((_LIBRARY_FOLDER / "build.json").read_text())
+
+
+def _driver_cuda_version() -> int | None:
+    """The major version of CUDA that the driver offers, or None where there is no driver. Makes no context."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    version = ctypes.c_int(0)
+    return None if driver.cuDriverGetVersion(ctypes.byref(version)) != 0 else version.value // 1000
+
+
 def _load_cuda_library() -> str | None:
     """None where the CUDA library is in use, else the reason why it is not."""
     if os.environ.get("MMKERNELS_CUDA_LIBRARY") == "0":
@@ -60,6 +76,9 @@ def _load_cuda_library() -> str | None:
         return "this torch has no CUDA"
     if not CUDA_LIBRARY.exists():
         return "this wheel was built without nvcc"
+    needed, offered = build_record()["cuda_version"], _driver_cuda_version()
+    if offered is not None and offered < int(needed.split(".")[0]):
+        return f"the driver offers CUDA {offered}, and the library was built with CUDA {needed}"
     try:
         torch.ops.load_library(str(CUDA_LIBRARY))
     except OSError as error:
@@ -176,9 +195,3 @@ def triton_missing() -> str | None:
     except ImportError as error:
         return f"Triton cannot be imported ({error})"
     return None
-
-
-@cache
-def build_record() -> dict[str, Any]:
-    """What the build wrote down about itself (mmkernels/lib/build.json)."""
-    return json.loads((_LIBRARY_FOLDER / "build.json").read_text())

@@ -307,6 +307,45 @@ def test_forward_mode_is_refused(card: Card) -> None:
         )
 
 
+@over_cards
+def test_compiled_around_functorch(card: Card) -> None:
+    """torch.compile around torch.func.grad steps out to eager code and is right; around jvp it raises, never answers 0."""
+    call = draw(card.samples[0], torch.float32)
+
+    def function(x: Tensor) -> Tensor:
+        return as_tuple(card.function(x, *call.args[1:], **call.kwargs))[0]
+
+    def gradient(x: Tensor) -> Tensor:
+        return torch.func.grad(lambda value: function(value).square().sum())(x)
+
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # dynamo says that it steps out
+        compiled = torch.compile(gradient, backend="aot_eager")(call.args[0])
+        torch.testing.assert_close(compiled, gradient(call.args[0]))
+        torch._dynamo.reset()
+        tangent = torch.compile(lambda x: torch.func.jvp(function, (x,), (torch.ones_like(x),))[1], backend="aot_eager")
+        with pytest.raises((NotImplementedError, RuntimeError), match=r"jvp|forward"):
+            tangent(call.args[0])
+
+
+@over_cards
+def test_second_derivative_through_the_operator(card: Card) -> None:
+    """What compiled and exported graphs call is as honest as the eager function: right, or refused."""
+    sample = card.samples[0]
+    with RecordOperators() as recorded:
+        draw(sample, torch.float64).of(card.function)
+    func, args, kwargs = recorded.calls[0]
+    args = tuple(a.requires_grad_() if isinstance(a, Tensor) else a for a in args)
+    output = as_tuple(func(*args, **kwargs))[0]
+    first = torch.autograd.grad(output.square().sum(), args[0], create_graph=True)[0]
+    if card.twice_differentiable:
+        assert torch.autograd.grad(first.square().sum(), args[0])[0].abs().sum() > 0
+    else:
+        with pytest.raises(NotImplementedError, match="twice"):
+            torch.autograd.grad(first.square().sum() + args[0].sum(), args[0])
+
+
 # --- fallbacks ----------------------------------------------------------------------------------------------------------
 @over_cards
 def test_reference_takes_over_where_no_kernel_can(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -214,9 +214,78 @@ def test_raw_operator_refuses_bad_numbers() -> None:
         ((x, 3, 0, [-1, 3, 1]), "ranges"),
         ((x, 3, 0, [4, 8, 1, 1, 3, 1]), "ranges"),
         ((x.int(), 3, 8, []), "x"),
+        ((x, 3, 0, [0, 4, 1, 2, 2, 1]), None),  # an empty range overlaps nothing
+        ((x, 3, 0, [0, 4, 1, 99, 99, 1]), "ranges"),
     ):
         if name is None:
             op(*arguments)
             continue
         with pytest.raises(RuntimeError, match=rf"mmkernels: {name}: "):
             op(*arguments)
+
+
+def test_raw_backward_refuses_what_does_not_fit() -> None:
+    """The operator behind the gradients checks every tensor before a kernel writes."""
+    x = tokens(6, 17, 8)
+    stats = torch.ops.mmkernels.token_roll_layer_norm(x, 3, 8, [], None, None, 1e-6, True, False)[2]
+    good = {"grad_normed": x, "grad_rolled": x, "x": x, "stats": stats, "weight": x[0, 0], "bias": x[0, 0]}
+    op = torch.ops.mmkernels.token_roll_layer_norm_backward
+
+    def call(**changed: Tensor | None) -> None:
+        t = {**good, **changed}
+        op(t["grad_normed"], t["grad_rolled"], t["x"], t["stats"], 3, 8, [], t["weight"], t["bias"], True, True)
+
+    call()
+    for name, value in (
+        ("grad_normed", x[:3]),
+        ("grad_normed", x.transpose(0, 1).contiguous().transpose(0, 1)),
+        ("grad_normed", x.double()),
+        ("grad_rolled", x.half()),
+        ("stats", stats.double()),
+        ("stats", stats[:1]),
+        ("weight", x[0, 0, :3]),
+        ("weight", x[0, 0].half()),
+        ("bias", torch.zeros(3, dtype=torch.uint8)),
+        ("bias", x[0, 0].double()),
+    ):
+        with pytest.raises(RuntimeError, match=rf"mmkernels: {name}: "):
+            call(**{name: value})
+
+
+def test_numbers_beyond_64_bits() -> None:
+    """Refused with the argument's name where they mean nothing; a shift is one modulo the frames."""
+    x = tokens(6, 17, 8)
+    for arguments, name in (
+        ({"divisor": 2**70}, "divisor"),
+        ({"num_frames": 2**70}, "num_frames"),
+        ({"ranges": ((1, 2**70, 1),)}, "ranges"),
+    ):
+        with pytest.raises(ValueError, match=rf"^{name}: "):
+            mk.token_roll(**{"x": x, "num_frames": 3, **arguments})
+    with pytest.raises(ValueError, match=r"^eps: "):
+        mk.token_roll_layer_norm(x, 3, None, None, 10**400)
+    big = 3 * 2**70 + 1
+    assert_same_bits(mk.token_roll(x, 3, ranges=((1, 5, big),)), mk.token_roll(x, 3, ranges=((1, 5, 1),)), "big shift")
+
+
+def test_an_empty_range_overlaps_nothing() -> None:
+    x = tokens(6, 17, 8)
+    assert_same_bits(
+        mk.token_roll(x, 3, ranges=((0, 4, 1), (2, 2, 5))), mk.token_roll(x, 3, ranges=((0, 4, 1),)), "empty range"
+    )
+
+
+def test_layouts_that_are_not_dense() -> None:
+    x, weight = tokens(6, 17, 8), tokens(8)
+    nested = torch.nested.nested_tensor([x[0], x[1, :5]], layout=torch.jagged)
+    with pytest.raises(TypeError, match=r"^x: expected a dense"):
+        mk.token_roll(nested, 2)
+    with pytest.raises(TypeError, match=r"^weight: expected a dense"):
+        mk.token_roll_layer_norm(x, 3, weight.to_sparse(), None, 1e-6)
+
+
+def test_memory_that_cannot_be_had() -> None:
+    """As torch says it, in the type that whoever looks for a batch size catches."""
+    x = torch.zeros(2**10).expand(2**20, 2**20, 2**10)  # 4 PiB that take 4 KiB
+    with pytest.raises(torch.OutOfMemoryError, match="an output of 4503599627370496 bytes"):
+        mk.token_roll(x, 2)

@@ -100,7 +100,8 @@ def configurations() -> Iterator[Any]:
         for kernel, signature, constants, options in importlib.import_module(f"mmkernels.triton.{family}").configurations():
             types = {kind for kind in signature.values() if kind in ("*bf16", "*fp16")}
             elements = "+".join(sorted(types)) or "*fp32"
-            name = f"{kernel.fn.__name__}-{elements}-{'-'.join(f'{k}={v}' for k, v in constants.items() if 'BLOCK' in k)}"
+            tile = "-".join(f"{k}={v}" for k, v in constants.items() if "BLOCK" in k or k == "HAS_TABLE")
+            name = f"{kernel.fn.__name__}-{elements}-{tile}"
             wide = any(signature.get(n) == "*fp32" for n in ("normed", "grad_normed")) and bool(types)
             marks = [pytest.mark.full] if "*fp16" in types or wide else []
             yield pytest.param(kernel, signature, constants, options, id=f"{name}{'-wide' if wide else ''}", marks=marks)

@@ -10,6 +10,7 @@
 #include <optional>
 #include <sstream>
 #include <stdexcept>
+#include <string>
 
 namespace mmk {
 
@@ -35,6 +36,7 @@ inline void poison(const Tensor& tensor) {
   if (bytes == 0) return;
 #ifdef __CUDACC__
   cudaMemset(tensor.mutable_data_ptr(), 0xff, bytes);
+  cudaDeviceSynchronize();  // kernels may follow on a stream that does not wait for this one
 #else
   std::memset(tensor.mutable_data_ptr(), 0xff, bytes);
 #endif
@@ -52,11 +54,23 @@ inline Tensor new_tensor(const Tensor& like, std::initializer_list<std::int64_t>
   aoti_torch_get_device_type(like.get(), &device_type);
   aoti_torch_get_device_index(like.get(), &device_index);
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<std::int64_t>(sizes.size()), sizes.begin(), strides, dtype,
-                                                  device_type, device_index, &handle));
+  const auto status = aoti_torch_empty_strided(static_cast<std::int64_t>(sizes.size()), sizes.begin(), strides, dtype,
+                                               device_type, device_index, &handle);
+  if (status != TORCH_SUCCESS) {  // the C shim keeps torch's own words to itself
+    throw std::runtime_error("mmkernels out of memory: an output of " +
+                             std::to_string(stride * static_cast<std::int64_t>(aoti_torch_dtype_element_size(dtype))) +
+                             " bytes");
+  }
   Tensor tensor(handle);
   if (mmk_poisons_outputs()) poison(tensor);
   return tensor;
+}
+
+inline bool on_one_device(const Tensor& a, const Tensor& b) {
+  std::int32_t type_of_a = 0, type_of_b = 0;
+  aoti_torch_get_device_type(a.get(), &type_of_a);
+  aoti_torch_get_device_type(b.get(), &type_of_b);
+  return type_of_a == type_of_b && a.get_device_index() == b.get_device_index();
 }
 
 inline std::int32_t dtype_of(const Tensor& tensor) {

@@ -52,9 +52,9 @@ struct Problem {
   std::int64_t end() const { return segments.empty() ? 0 : segments.back().stop; }
 
   void add(std::int64_t start, std::int64_t stop, std::int64_t shift, bool inverse) {
+    if (start == stop && start >= 0 && stop <= shape.tokens) return;  // names no token, so it overlaps nothing
     check(end() <= start && start <= stop && stop <= shape.tokens, "ranges", "(", start, ", ", stop,
           ") must be ascending, disjoint and within the ", shape.tokens, " tokens of x");
-    if (start == stop) return;
     if (end() < start) segments.push_back({end(), start, 0});
     const std::int64_t forward = (shift % shape.frames + shape.frames) % shape.frames;
     segments.push_back({start, stop, inverse && forward != 0 ? shape.frames - forward : forward});
@@ -80,6 +80,7 @@ inline int dtype_index(const Tensor& x) {
 
 inline void check_parameter(const MaybeTensor& parameter, const char* name, const Tensor& x, std::int64_t channels) {
   if (!parameter.has_value()) return;
+  check(on_one_device(*parameter, x), name, "expected the device of x");
   check(parameter->dim() == 1 && parameter->size(0) == channels, name, "expected [", channels, "]");
   const ScalarType dtype = parameter->scalar_type(), of_x = x.scalar_type();
   check(dtype == of_x || (dtype == ScalarType::Float && of_x != ScalarType::Double), name,
@@ -95,6 +96,7 @@ inline bool check_backward(const Problem& problem, const MaybeTensor& grad_norme
     check(gradient->is_contiguous() && gradient->dim() == 3 && gradient->size(0) == problem.rows &&
               gradient->size(1) == shape.tokens && gradient->size(2) == shape.channels,
           name, "expected a contiguous gradient of the shape of x");
+    check(on_one_device(*gradient, x), name, "expected the device of x");
   };
   check_gradient(grad_normed, "grad_normed");
   check_gradient(grad_rolled, "grad_rolled");
@@ -102,6 +104,7 @@ inline bool check_backward(const Problem& problem, const MaybeTensor& grad_norme
   check(!wide || (grad_normed->scalar_type() == ScalarType::Float && x.scalar_type() != ScalarType::Double), "grad_normed",
         "expected the dtype of x or float32");
   check(!grad_rolled.has_value() || dtype_of(*grad_rolled) == dtype_of(x), "grad_rolled", "expected the dtype of x");
+  check(on_one_device(stats, x), "stats", "expected the device of x");
   check(stats.is_contiguous() && stats.numel() == 2 * problem.positions &&
             stats.scalar_type() == (x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float),
         "stats", "expected the [2, B*T, N] statistics of the forward call");

@@ -158,6 +158,7 @@ std::tuple<Tensor, Tensor, Tensor> token_roll_layer_norm_backward(MaybeTensor gr
   const std::int32_t of_x = dtype_of(x);
   const bool wide = check_backward(problem, grad_normed, grad_rolled, x, stats);
   const Parameter weights(weight, "weight", x, shape.channels);
+  check_parameter(bias, "bias", x, shape.channels);  // its dtype is that of grad_bias
 
   const std::int64_t channels = shape.channels;
   Tensor grad_x = new_tensor(x, {problem.rows, shape.tokens, channels}, of_x);

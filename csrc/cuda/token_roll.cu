@@ -181,16 +181,16 @@ __global__ void __launch_bounds__(1024) backward_kernel(const __grid_constant__ 
   }
 }
 
-// Sums over one chunk of positions: grid (chunks, columns / blockDim), a thread a column.
+// Sums over one chunk of positions: grid (columns / blockDim, chunks), a thread a column.
 template <class T, class N, class A = typename Accumulator<T>::type>
 __global__ void partial_sums_kernel(const __grid_constant__ Segments segments, Layout layout, const N* grad_normed,
                                     const T* x, const A* mean_in, const A* rstd_in, int64_t rows, int64_t chunks, A* partial_weight,
                                     A* partial_bias) {
-  const int64_t column = static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x;
+  const int64_t column = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (column >= layout.channels) return;
   const int64_t positions = rows * segments.tokens;
   A weight = 0, bias = 0;
-  for (int64_t i = positions * blockIdx.x / chunks; i < positions * (blockIdx.x + 1) / chunks; ++i) {
+  for (int64_t i = positions * blockIdx.y / chunks; i < positions * (blockIdx.y + 1) / chunks; ++i) {
     const int64_t row = i / segments.tokens;
     const int token = segments.first + static_cast<int>(i % segments.tokens);
     const int64_t position = row * layout.tokens + token;
@@ -199,8 +199,8 @@ __global__ void partial_sums_kernel(const __grid_constant__ Segments segments, L
     weight = fma(g, (widen(raw) - mean_in[position]) * rstd_in[position], weight);
     bias += g;
   }
-  partial_weight[blockIdx.x * layout.channels + column] += weight;
-  partial_bias[blockIdx.x * layout.channels + column] += bias;
+  partial_weight[blockIdx.y * layout.channels + column] += weight;
+  partial_bias[blockIdx.y * layout.channels + column] += bias;
 }
 
 template <class A, class P>
@@ -251,7 +251,7 @@ void launch_copy(const Problem& problem, const void* x, void* out, int64_t eleme
   for_each_batch(shape, [&](const Segments& segments) {
     // About eight units a thread keep enough loads in flight.
     const int tile = std::max(1, std::min(segments.tokens, 2048 / std::max(1, units_per_token)));
-    const int tiles = (segments.tokens + tile - 1) / tile;
+    const int tiles = static_cast<int>((static_cast<int64_t>(segments.tokens) + tile - 1) / tile);
     copy_kernel<V><<<grid_of(problem.rows * tiles), 256, 0, stream>>>(
         segments, layout, static_cast<const V*>(x), static_cast<V*>(out), units_per_token, tile, tiles);
     check_launch("token_roll");
@@ -407,7 +407,7 @@ std::tuple<Tensor, Tensor, Tensor> token_roll_layer_norm_backward(MaybeTensor gr
     using T = typename K::x;
     using N = typename K::normed;
     using A = typename K::accumulator;
-    const auto parameters = parameters_of<A>(weight, std::nullopt, x, channels);
+    const auto parameters = parameters_of<A>(weight, bias, x, channels);  // bias for its dtype, which grad_bias has
     if (channels == 0) return;
     A* partial_weight = static_cast<A*>(partial.mutable_data_ptr());
     A* partial_bias = partial_weight + chunks * channels;
@@ -424,7 +424,7 @@ std::tuple<Tensor, Tensor, Tensor> token_roll_layer_norm_backward(MaybeTensor gr
             static_cast<T*>(grad_x.mutable_data_ptr()));
         check_launch("token_roll_layer_norm_backward");
         if (upstream == nullptr || !(need_weight || need_bias)) return;
-        const dim3 grid(static_cast<unsigned>(chunks), grid_of((channels + 127) / 128));
+        const dim3 grid(grid_of((channels + 127) / 128), static_cast<unsigned>(chunks));
         partial_sums_kernel<T, N><<<grid, 128, 0, device.stream()>>>(segments, layout_of(shape), upstream, from, mean,
                                                                      mean + problem.positions, problem.rows, chunks,
                                                                      partial_weight, partial_bias);

@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+INT64_MAX = 2**63 - 1
+
 
 def check_tensor(value: Any, name: str, shape: str, dtypes: tuple[torch.dtype, ...]) -> Tensor:
     """A dense tensor of as many dimensions as `shape` ("[B*T, N, C]") names, of one of `dtypes`, its last one contiguous."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor {shape}, got {type(value).__name__}")
-    if value.layout != torch.strided:
-        raise TypeError(f"{name}: expected a dense tensor {shape}, got layout {value.layout}")
+    _check_layout(value, name)
     if value.dtype not in dtypes:
         raise TypeError(f"{name}: expected {', '.join(map(str, dtypes))}, got {value.dtype}")
     if value.dim() != shape.count(",") + 1:
@@ -29,6 +30,7 @@ def check_parameter(value: Any, name: str, size: int, beside: Tensor, beside_nam
         return
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor [{size}] or None, got {type(value).__name__}")
+    _check_layout(value, name)
     if value.device != beside.device:
         raise ValueError(f"{name}: expected the device of {beside_name}, {beside.device}, got {value.device}")
     if value.dtype != beside.dtype and not (
@@ -46,5 +48,35 @@ def check_int(value: Any, name: str, minimum: int) -> None:
     """An int (or a symbolic one, under torch.compile) of at least `minimum`."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-    if value < minimum:
-        raise ValueError(f"{name}: expected at least {minimum}, got {value}")
+    if value < minimum or (isinstance(value, int) and value > INT64_MAX):
+        raise ValueError(f"{name}: expected at least {minimum} and at most 2^63 - 1, got {value}")
+
+
+def check_float(value: Any, name: str) -> None:
+    """A number that fits a float."""
+    if isinstance(value, bool) or not isinstance(value, (float, int)):
+        raise TypeError(f"{name}: expected a float, got {type(value).__name__}")
+    try:
+        float(value)
+    except OverflowError:
+        raise ValueError(f"{name}: expected a float, got an int that is too large for one") from None
+
+
+def check_gradient(
+    value: Tensor | None, name: str, shape: tuple[Any, ...], dtypes: tuple[torch.dtype, ...], beside: Tensor
+) -> None:
+    """None, or a contiguous gradient of this shape on `beside`'s device."""
+    if value is None:
+        return
+    if tuple(value.shape) != tuple(shape) or not value.is_contiguous():
+        raise ValueError(f"{name}: expected a contiguous tensor of shape {tuple(shape)}, got shape {tuple(value.shape)}")
+    if value.dtype not in dtypes:
+        raise TypeError(f"{name}: expected {', '.join(map(str, dtypes))}, got {value.dtype}")
+    if value.device != beside.device:
+        raise ValueError(f"{name}: expected the device {beside.device}, got {value.device}")
+
+
+def _check_layout(value: Tensor, name: str) -> None:
+    if value.layout != torch.strided or value.is_nested:
+        kind = "a nested tensor" if value.is_nested else f"layout {value.layout}"
+        raise TypeError(f"{name}: expected a dense tensor, got {kind}")

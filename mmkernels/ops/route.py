@@ -46,13 +46,18 @@ _grad_enabled = torch.is_grad_enabled
 _compiling = torch.compiler.is_compiling
 
 _ARGUMENT_ERROR = "mmkernels: "
+_OUT_OF_MEMORY = "mmkernels out of memory: "
 
 
 def translated(error: RuntimeError) -> Exception:
-    """A C++ error about an argument (core/tensor.h, `check`) as the ValueError that it is; any other as it came."""
+    """A C++ error (csrc/common/tensor.h) as what it is: about an argument a ValueError, about memory the error that torch
+    raises for it, which whoever looks for a batch size catches; any other as it came."""
     text = str(error)
-    start = text.find(_ARGUMENT_ERROR)
-    return error if start < 0 else ValueError(text[start + len(_ARGUMENT_ERROR) :].splitlines()[0])
+    for prefix, kind in ((_ARGUMENT_ERROR, ValueError), (_OUT_OF_MEMORY, torch.OutOfMemoryError)):
+        start = text.find(prefix)
+        if start >= 0:
+            return kind(text[start + len(prefix) :].splitlines()[0])
+    return error
 
 
 def define(schema: str, fake: Callable[..., Any]) -> Any:
@@ -85,7 +90,8 @@ def implement(
         explanation = choose(name, backends, {primary: args[position]})
         runtime.record_kernel(name, explanation.kernel)
         if explanation.kernel == "triton":
-            return triton()(*args)
+            with torch.cuda.device_of(args[position]):  # Triton launches on the current device, whatever the tensors'
+                return triton()(*args)
         runtime.report_fallback(name, "; ".join(f"{b}: {r}" for b, r in explanation.reasons.items() if r is not None))
         return reference(*args)
 
@@ -131,17 +137,20 @@ def differentiable(
                 return op(*args)
 
     UnderFunctorch.setup_context = staticmethod(setup_context)  # type: ignore[method-assign, assignment]
-    UnderFunctorch.backward = staticmethod(backward)  # type: ignore[method-assign]
+    # Dynamo compiles what torch.func calls back, and stumbles over its wrapped tensors.
+    UnderFunctorch.backward = staticmethod(torch.compiler.disable(backward))  # type: ignore[method-assign]
 
     # What Function.apply does before this is for functorch, which takes the other way.
     apply = super(torch.autograd.Function, Function).apply  # type: ignore[misc]
 
     def call(requires_grad: bool, *args: Any) -> Any:
         try:
+            if _functorch_active():
+                if _compiling():  # torch.compile traces no Function of this kind, and through the operator no derivative
+                    raise NotImplementedError(f"{name}: torch.compile around torch.func transforms; compile what is inside")
+                return UnderFunctorch.apply(*args)
             if _compiling():
                 return op(*args)
-            if _functorch_active():
-                return UnderFunctorch.apply(*args)
             if forward_ad._current_level >= 0:
                 _reject_forward_mode(name, args)
             if requires_grad and _grad_enabled():

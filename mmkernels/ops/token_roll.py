@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from mmkernels.ops import backends
-from mmkernels.ops.checks import check_int, check_parameter, check_tensor
+from mmkernels.ops.checks import INT64_MAX, check_float, check_gradient, check_int, check_parameter, check_tensor
 from mmkernels.ops.route import autocast_widens_norms, define, differentiable, implement, not_differentiable
 from mmkernels.reference import token_roll as reference
 
@@ -24,22 +24,24 @@ _Plan = tuple[int, tuple[int, ...]]
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------
-def _flat_ranges(ranges: Any, num_tokens: int) -> tuple[int, ...]:
+def _flat_ranges(ranges: Any, num_tokens: int, num_frames: int) -> tuple[int, ...]:
     try:
-        triples = sorted((start, stop, shift) for start, stop, shift in ranges)
+        triples = [(start, stop, shift) for start, stop, shift in ranges]
     except (TypeError, ValueError):
         raise TypeError(f"ranges: expected (start, stop, shift) triples of ints, got {ranges!r}") from None
+    for value in (number for triple in triples for number in triple):
+        if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+            raise TypeError(f"ranges: expected ints, got {value!r}")
     end = 0
     flat: list[int] = []
-    for start, stop, shift in triples:
-        for value in (start, stop, shift):
-            if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-                raise TypeError(f"ranges: expected ints, got {value!r}")
+    for start, stop, shift in sorted(triples):
         if not (0 <= start <= stop <= num_tokens):
             raise ValueError(f"ranges: ({start}, {stop}, {shift}) does not lie within the {num_tokens} tokens of x")
+        if start == stop:
+            continue  # names no token, so it overlaps nothing
         if start < end:
             raise ValueError(f"ranges: ({start}, {stop}, {shift}) overlaps the range that ends at {end}")
-        flat += (start, stop, shift)
+        flat += (start, stop, shift if -INT64_MAX <= shift <= INT64_MAX else shift % num_frames)
         end = stop
     return tuple(flat)
 
@@ -50,7 +52,7 @@ def _plan(x: Any, num_frames: Any, divisor: Any, ranges: Any) -> _Plan:
     if x.size(0) % num_frames != 0:
         raise ValueError(f"num_frames: {num_frames} does not divide the {x.size(0)} rows of x {_SHAPE}")
     if ranges is not None:
-        return 0, _flat_ranges(ranges, x.size(1))
+        return 0, _flat_ranges(ranges, x.size(1), num_frames)
     check_int(divisor, "divisor", 1)
     fold = x.size(1) // divisor
     if fold > 0 and 2 * fold + 1 > x.size(1):
@@ -61,17 +63,50 @@ def _plan(x: Any, num_frames: Any, divisor: Any, ranges: Any) -> _Plan:
 
 
 # --- operators --------------------------------------------------------------------------------------------------------
-def _check_operator(x: Tensor, num_frames: int, divisor: int, ranges: Sequence[int]) -> None:
-    """The operators' own arguments, for the kernels that are not compiled code (which checks them itself)."""
-    _plan(x, num_frames, divisor if divisor > 0 else 1, None if divisor > 0 else _triples(ranges))
+# For the kernels that are not compiled code, which checks its arguments itself.
+def _check_roll(x: Tensor, num_frames: int, divisor: int, ranges: Sequence[int], *_: Any) -> None:
+    if divisor > 0:
+        _plan(x, num_frames, divisor, None)
+        return
+    if len(ranges) % 3 != 0:
+        raise ValueError(f"ranges: expected (start, stop, shift) triples, got {len(ranges)} numbers")
+    _plan(x, num_frames, 1, [(ranges[i], ranges[i + 1], ranges[i + 2]) for i in range(0, len(ranges), 3)])
 
 
-def _triples(flat: Sequence[int]) -> list[Range]:
-    return [(flat[i], flat[i + 1], flat[i + 2]) for i in range(0, len(flat), 3)]
+def _check_norm(
+    x: Tensor,
+    num_frames: int,
+    divisor: int,
+    ranges: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *_: Any,
+) -> None:
+    _check_roll(x, num_frames, divisor, ranges)
+    check_parameter(weight, "weight", x.size(2), x, "x")
+    check_parameter(bias, "bias", x.size(2), x, "x")
+
+
+def _check_norm_backward(
+    grad_normed: Tensor | None,
+    grad_rolled: Tensor | None,
+    x: Tensor,
+    stats: Tensor,
+    num_frames: int,
+    divisor: int,
+    ranges: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *_: Any,
+) -> None:
+    _check_norm(x, num_frames, divisor, ranges, weight, bias)
+    check_gradient(grad_normed, "grad_normed", x.shape, (x.dtype, _stats_dtype(x)), x)
+    check_gradient(grad_rolled, "grad_rolled", x.shape, (x.dtype,), x)
+    check_gradient(stats, "stats", (2, x.size(0), x.size(1)), (_stats_dtype(x),), x)
 
 
 def _fake_roll(x: Tensor, num_frames: int, divisor: int, ranges: Sequence[int], inverse: bool = False) -> Tensor:
-    _check_operator(x, num_frames, divisor, ranges)
+    _check_roll(x, num_frames, divisor, ranges)
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
@@ -90,7 +125,7 @@ def _fake_norm(
     need_rolled: bool,
     float_normed: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check_operator(x, num_frames, divisor, ranges)
+    _check_norm(x, num_frames, divisor, ranges, weight, bias)
     normed = torch.empty(x.shape, dtype=_stats_dtype(x) if float_normed else x.dtype, device=x.device)
     rolled = torch.empty(x.shape if need_rolled else (0,), dtype=x.dtype, device=x.device)
     stats = torch.empty((2, x.shape[0], x.shape[1]), dtype=_stats_dtype(x), device=x.device)
@@ -168,7 +203,7 @@ implement(
     _roll_op,
     ROLL_BACKENDS,
     "x",
-    check=_fake_roll,
+    check=_check_roll,
     triton=_triton("token_roll"),
     reference=reference.token_roll_op,
 )
@@ -176,7 +211,7 @@ implement(
     _norm_op,
     NORM_BACKENDS,
     "x",
-    check=_fake_norm,
+    check=_check_norm,
     triton=_triton("token_roll_layer_norm"),
     reference=reference.token_roll_layer_norm_op,
 )
@@ -184,7 +219,7 @@ implement(
     _norm_backward_op,
     NORM_BACKENDS,
     "x",
-    check=_fake_norm_backward,
+    check=_check_norm_backward,
     triton=_triton("token_roll_layer_norm_backward"),
     reference=reference.token_roll_layer_norm_backward_op,
 )
@@ -219,8 +254,9 @@ def _norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor,
 
 def _norm_backward(ctx: Any, grad_normed: Tensor | None, grad_rolled: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
     x, stats, weight, bias = ctx.saved_tensors
+    sources = (grad_normed, grad_rolled, x, weight)
     grad_x, grad_weight, grad_bias = _call_norm_backward(
-        False,
+        any(source is not None and source.requires_grad for source in sources),
         _contiguous(grad_normed),
         _contiguous(grad_rolled) if ctx.need_rolled else None,
         x,
@@ -318,8 +354,7 @@ def token_roll_layer_norm(
     plan = _plan(x, num_frames, divisor, ranges)
     check_parameter(weight, "weight", x.size(2), x, "x")
     check_parameter(bias, "bias", x.size(2), x, "x")
-    if not isinstance(eps, (float, int)):
-        raise TypeError(f"eps: expected a float, got {type(eps).__name__}")
+    check_float(eps, "eps")
     requires_grad = (
         x.requires_grad or (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad)
     )

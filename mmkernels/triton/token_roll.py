@@ -16,12 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmkernels.reference.token_roll import default_ranges
-
 MAX_CHANNELS = 4096  # a row lives in one program's registers, and in backward so do its running sums: twice as many spill
 
-# BLOCK_C -> warps: at most eight elements of a row a thread.
-_WARPS = {64: 1, 256: 1, 1024: 8, MAX_CHANNELS: 16}
+# BLOCK_C -> warps: what spills nowhere (python_tests/test_triton.py compiles all of it).
+_WARPS = {64: 1, 256: 1, 1024: 8, MAX_CHANNELS: 8}
 
 
 def _options(warps: int) -> dict[str, Any]:
@@ -31,15 +29,32 @@ def _options(warps: int) -> dict[str, Any]:
 
 
 @triton.jit
-def _source_row(row, shift, frames):
+def _source_row(row, token, tokens, frames, shifts, fold, direction, HAS_TABLE: tl.constexpr):
+    """The row that a token comes from. By the table, or without one by the system's own rule: `fold` tokens after the first
+    come from `direction` frames before, the last `fold` from as many after."""
+    if HAS_TABLE:
+        shift = tl.load(shifts + token, mask=token < tokens, other=0)
+    else:
+        shift = tl.where((token >= 1) & (token <= fold), direction, tl.where(token >= tokens - fold, -direction, 0))
     frame = row % frames
-    source = frame - shift
-    return row - frame + tl.where(source < 0, source + frames, source)
+    return row - frame + (frame - shift + frames) % frames
 
 
 @triton.jit
 def roll_kernel(
-    x, out, shifts, frames, tokens, channels, row_stride, token_stride, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr
+    x,
+    out,
+    shifts,
+    fold,
+    direction,
+    frames,
+    tokens,
+    channels,
+    row_stride,
+    token_stride,
+    HAS_TABLE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):
     """One program moves BLOCK_N tokens of one row; grid: (rows * cdiv(tokens, BLOCK_N),)."""
     tiles = tl.cdiv(tokens, BLOCK_N)
@@ -47,7 +62,7 @@ def roll_kernel(
     row = program // tiles
     token = (program % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = token < tokens
-    source = _source_row(row, tl.load(shifts + token, mask=inside, other=0), frames)
+    source = _source_row(row, token, tokens, frames, shifts, fold, direction, HAS_TABLE)
     from_offset = source * row_stride + token * token_stride
     to_offset = (row * tokens + token) * channels
     for start in range(0, channels, BLOCK_C):
@@ -58,14 +73,16 @@ def roll_kernel(
 
 @triton.jit
 def norm_kernel(
-    x, shifts, weight, bias, normed, rolled, mean_out, rstd_out, frames, tokens, channels, row_stride, token_stride, eps,
-    HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, NEED_ROLLED: tl.constexpr, BLOCK_C: tl.constexpr,
+    x, shifts, weight, bias, normed, rolled, mean_out, rstd_out,
+    fold, direction, frames, tokens, channels, row_stride, token_stride, eps,
+    HAS_TABLE: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, NEED_ROLLED: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One program rolls and normalises one position; grid: (rows * tokens,)."""
     position = tl.program_id(0).to(tl.int64)
     row = position // tokens
     token = position % tokens
-    source = _source_row(row, tl.load(shifts + token), frames)
+    source = _source_row(row, token, tokens, frames, shifts, fold, direction, HAS_TABLE)
     c = tl.arange(0, BLOCK_C)
     inside = c < channels
     raw = tl.load(x + source * row_stride + token * token_stride + c, mask=inside, other=0.0)
@@ -88,8 +105,9 @@ def norm_kernel(
 @triton.jit
 def backward_kernel(
     grad_normed, grad_rolled, x, shifts, weight, mean_in, rstd_in, grad_x, partial_weight, partial_bias,
-    frames, tokens, channels, row_stride, token_stride, positions, chunks,
-    HAS_NORMED: tl.constexpr, HAS_ROLLED: tl.constexpr, HAS_WEIGHT: tl.constexpr, BLOCK_C: tl.constexpr,
+    fold, direction, frames, tokens, channels, row_stride, token_stride, positions, chunks,
+    HAS_TABLE: tl.constexpr, HAS_NORMED: tl.constexpr, HAS_ROLLED: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One program takes one chunk of positions: their grad_x, and the chunk's sums; grid: (chunks,).
 
@@ -106,7 +124,7 @@ def backward_kernel(
     for position in range(begin, end):
         row = position // tokens
         token = position % tokens
-        source = _source_row(row, tl.load(shifts + token), frames)
+        source = _source_row(row, token, tokens, frames, shifts, fold, direction, HAS_TABLE)
         gradient = tl.zeros((BLOCK_C,), dtype=tl.float32)
         if HAS_NORMED:
             value = tl.load(x + source * row_stride + token * token_stride + c, mask=inside, other=0.0).to(tl.float32)
@@ -141,18 +159,24 @@ def _roll_blocks(channels: int) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=256)
-def _shift_table(
-    num_tokens: int, num_frames: int, divisor: int, flat: tuple[int, ...], inverse: bool, device: torch.device
-) -> Tensor:
-    """The shift of every token, modulo the frames, on the device: made once per shape, so that no call waits for a copy."""
-    if divisor > 0:
-        ranges: Sequence[tuple[int, ...]] = default_ranges(num_tokens, divisor)
-    else:
-        ranges = [flat[i : i + 3] for i in range(0, len(flat), 3)]
-    shifts = torch.zeros(num_tokens, dtype=torch.int64)
-    for start, stop, shift in ranges:
+def _table(num_tokens: int, num_frames: int, flat: tuple[int, ...], inverse: bool, device: torch.device) -> Tensor:
+    """The shift of every token, modulo the frames, on the device. Made once per shape: a call with ranges of its own waits
+    for a copy the first time, and cannot be captured in a CUDA graph before that."""
+    shifts = torch.zeros(num_tokens, dtype=torch.int64, device="cpu")
+    for i in range(0, len(flat), 3):
+        start, stop, shift = flat[i : i + 3]
         shifts[start:stop] = (-shift if inverse else shift) % num_frames
     return shifts.to(device)
+
+
+def _shift_arguments(
+    x: Tensor, num_frames: int, divisor: int, ranges: Sequence[int], inverse: bool = False
+) -> dict[str, Any]:
+    """What tells a kernel which tokens move: the system's rule by numbers, other ranges by a table."""
+    if divisor > 0:
+        return {"shifts": x, "fold": x.shape[1] // divisor, "direction": -1 if inverse else 1, "HAS_TABLE": False}
+    table = _table(x.shape[1], num_frames, tuple(ranges), inverse, x.device)
+    return {"shifts": table, "fold": 0, "direction": 0, "HAS_TABLE": True}
 
 
 def token_roll(x: Tensor, num_frames: int, divisor: int, ranges: Sequence[int], inverse: bool = False) -> Tensor:
@@ -161,17 +185,16 @@ def token_roll(x: Tensor, num_frames: int, divisor: int, ranges: Sequence[int], 
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
-    shifts = _shift_table(tokens, num_frames, divisor, tuple(ranges), inverse, x.device)
     block_n, block_c = _roll_blocks(channels)
     roll_kernel[(rows * triton.cdiv(tokens, block_n),)](
         x,
         out,
-        shifts,
-        num_frames,
-        tokens,
-        channels,
-        x.stride(0),
-        x.stride(1),
+        **_shift_arguments(x, num_frames, divisor, ranges, inverse),
+        frames=num_frames,
+        tokens=tokens,
+        channels=channels,
+        row_stride=x.stride(0),
+        token_stride=x.stride(1),
         BLOCK_N=block_n,
         BLOCK_C=block_c,
         **_options(4),
@@ -197,23 +220,22 @@ def token_roll_layer_norm(
     stats = torch.empty((2, rows, tokens), dtype=torch.float32, device=x.device)
     if normed.numel() == 0:
         return normed, rolled, stats.fill_(torch.nan)  # the statistics of no channels
-    shifts = _shift_table(tokens, num_frames, divisor, tuple(ranges), False, x.device)
     block_c = _block_c(channels)
     norm_kernel[(rows * tokens,)](
         x,
-        shifts,
-        x if weight is None else weight.contiguous(),
-        x if bias is None else bias.contiguous(),
-        normed,
-        rolled,
-        stats[0],
-        stats[1],
-        num_frames,
-        tokens,
-        channels,
-        x.stride(0),
-        x.stride(1),
-        eps,
+        weight=x if weight is None else weight.contiguous(),
+        bias=x if bias is None else bias.contiguous(),
+        normed=normed,
+        rolled=rolled,
+        mean_out=stats[0],
+        rstd_out=stats[1],
+        **_shift_arguments(x, num_frames, divisor, ranges),
+        frames=num_frames,
+        tokens=tokens,
+        channels=channels,
+        row_stride=x.stride(0),
+        token_stride=x.stride(1),
+        eps=eps,
         HAS_WEIGHT=weight is not None,
         HAS_BIAS=bias is not None,
         NEED_ROLLED=need_rolled,
@@ -244,26 +266,25 @@ def token_roll_layer_norm_backward(
     chunks = min(1024, max(1, positions // 8))
     partial = torch.zeros((2, chunks, channels), dtype=torch.float32, device=x.device)
     if grad_x.numel() > 0:
-        shifts = _shift_table(tokens, num_frames, divisor, tuple(ranges), False, x.device)
         block_c = _block_c(channels)
         backward_kernel[(chunks,)](
             x if grad_normed is None else grad_normed,
             x if grad_rolled is None else grad_rolled,
             x,
-            shifts,
-            x if weight is None else weight.contiguous(),
-            stats[0],
-            stats[1],
-            grad_x,
-            partial[0],
-            partial[1],
-            num_frames,
-            tokens,
-            channels,
-            x.stride(0),
-            x.stride(1),
-            positions,
-            chunks,
+            weight=x if weight is None else weight.contiguous(),
+            mean_in=stats[0],
+            rstd_in=stats[1],
+            grad_x=grad_x,
+            partial_weight=partial[0],
+            partial_bias=partial[1],
+            **_shift_arguments(x, num_frames, divisor, ranges),
+            frames=num_frames,
+            tokens=tokens,
+            channels=channels,
+            row_stride=x.stride(0),
+            token_stride=x.stride(1),
+            positions=positions,
+            chunks=chunks,
             HAS_NORMED=grad_normed is not None,
             HAS_ROLLED=grad_rolled is not None,
             HAS_WEIGHT=weight is not None,
@@ -282,18 +303,18 @@ def token_roll_layer_norm_backward(
 def configurations() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
     """(kernel, signature, constants, options) of every tile and element type that the launches above can choose."""
     strides = {name: "i64" for name in ("row_stride", "token_stride")}
-    sizes = {name: "i32" for name in ("frames", "tokens", "channels")}
+    sizes = {name: "i32" for name in ("fold", "direction", "frames", "tokens", "channels")}
     types = (("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp16"), ("bf16", "fp32"), ("fp16", "fp32"))
     for x in ("fp32", "bf16", "fp16"):
-        for block_c in (64, 256, 1024):
+        for block_c, table in ((64, True), (64, False), (256, True), (256, False), (1024, True), (1024, False)):
             signature = {"x": f"*{x}", "out": f"*{x}", "shifts": "*i64", **sizes, **strides}
-            yield roll_kernel, signature, {"BLOCK_N": 1024 // block_c, "BLOCK_C": block_c}, _options(4)
+            yield roll_kernel, signature, {"HAS_TABLE": table, "BLOCK_N": 1024 // block_c, "BLOCK_C": block_c}, _options(4)
     for x, normed in types:
         for block_c, warps in _WARPS.items():
             pointers = ("x", "shifts", "weight", "bias", "normed", "rolled", "mean_out", "rstd_out")
             kinds = (x, "i64", x, x, normed, x, "fp32", "fp32")
             signature = {name: f"*{kind}" for name, kind in zip(pointers, kinds, strict=True)}
-            flags = {"HAS_WEIGHT": True, "HAS_BIAS": True, "NEED_ROLLED": True, "BLOCK_C": block_c}
+            flags = {"HAS_TABLE": True, "HAS_WEIGHT": True, "HAS_BIAS": True, "NEED_ROLLED": True, "BLOCK_C": block_c}
             yield norm_kernel, {**signature, **sizes, **strides, "eps": "fp32"}, flags, _options(warps)
             backward_pointers = (
                 "grad_normed", "grad_rolled", "x", "shifts", "weight", "mean_in", "rstd_in", "grad_x", "partial_weight",
@@ -301,7 +322,7 @@ def configurations() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dict
             )  # fmt: skip
             backward_kinds = (normed, x, x, "i64", x, "fp32", "fp32", x, "fp32", "fp32")
             signature = {name: f"*{kind}" for name, kind in zip(backward_pointers, backward_kinds, strict=True)}
-            flags = {"HAS_NORMED": True, "HAS_ROLLED": True, "HAS_WEIGHT": True, "BLOCK_C": block_c}
+            flags = {"HAS_TABLE": True, "HAS_NORMED": True, "HAS_ROLLED": True, "HAS_WEIGHT": True, "BLOCK_C": block_c}
             yield (
                 backward_kernel,
                 {**signature, **sizes, **strides, "positions": "i32", "chunks": "i32"},
