@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -40,6 +42,25 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
+
+
+# One family's share of the default suite, on two cores.
+FAMILY_BUDGET_S = 60.0
+
+_seconds: Counter[str] = Counter()
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    _seconds[Path(report.nodeid.split("::")[0]).name] += report.duration
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """The time of each file, so that a family that outgrows its budget shows."""
+    workers = (
+        int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")) or terminalreporter.config.getoption("numprocesses", 0) or 1
+    )
+    times = ", ".join(f"{name} {seconds / workers:.0f} s" for name, seconds in _seconds.most_common() if seconds >= 1)
+    terminalreporter.write_line(f"time by file ({workers} workers; a family has {FAMILY_BUDGET_S:.0f} s): {times}")
 
 
 @pytest.fixture(params=runtime.available_isas())

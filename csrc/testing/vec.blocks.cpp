@@ -6,16 +6,9 @@
 namespace mmk::MMK_TIER {
 namespace {
 
-template <class T>
-void widen_array(const T* from, float* to, int64_t count) {
-  using V = Vec<float>;
-  int64_t i = 0;
-  for (; i + V::width <= count; i += V::width) V::store(to + i, V::load(from + i));
-  if (i < count) store_part<float>(to + i, load_part<float>(from + i, count - i), count - i);
-}
-
-template <class T>
-void narrow_array(const float* from, T* to, int64_t count) {
+// Through a register of accumulators, tail and all.
+template <class From, class To>
+void convert(const From* from, To* to, int64_t count) {
   using V = Vec<float>;
   int64_t i = 0;
   for (; i + V::width <= count; i += V::width) V::store(to + i, V::load(from + i));
@@ -46,7 +39,7 @@ float fma_lane(float a, float b, float c) {
 
 const VecBlocks vec_blocks = {
     Vec<float>::width,
-    widen_array<bfloat16>,   widen_array<float16>,   narrow_array<bfloat16>,   narrow_array<float16>,
+    convert<bfloat16, float>, convert<float16, float>, convert<float, bfloat16>, convert<float, float16>,
     widen_scalars<bfloat16>, widen_scalars<float16>, narrow_scalars<bfloat16>, narrow_scalars<float16>,
     sum_register,            fma_lane,
 };
