@@ -31,10 +31,10 @@ def floats_of_every_exponent(samples: int) -> np.ndarray:
 
 
 def assert_equal_but_for_nan(ours: torch.Tensor, theirs: torch.Tensor) -> None:
-    assert torch.equal(ours.isnan(), theirs.isnan())
-    keep = ~theirs.isnan()
     integers = torch.int32 if theirs.dtype == torch.float32 else torch.int16
-    assert torch.equal(ours[keep].view(integers), theirs[keep].view(integers))
+    same = ours.view(integers) == theirs.view(integers)
+    if not same.all():
+        assert (ours[~same].isnan() & theirs[~same].isnan()).all()
 
 
 @over_tiers
@@ -64,8 +64,8 @@ def test_narrowing_rounds_as_torch_does(blocks: ModuleType, tier: str, name: str
 @over_types
 @over_forms
 def test_narrowing_of_every_float(blocks: ModuleType, tier: str, name: str, scalars: bool) -> None:
-    for start in range(0, 1 << 32, 1 << 26):
-        bits = np.arange(start, start + (1 << 26), dtype=np.uint64).astype(np.uint32)
+    for start in range(0, 1 << 32, 1 << 22):
+        bits = np.arange(start, start + (1 << 22), dtype=np.uint64).astype(np.uint32)
         check_narrowing(blocks, tier, name, scalars, bits.view(np.float32))
 
 
