@@ -43,6 +43,9 @@ def _load_cpu_library() -> ctypes.CDLL:
     library.mmk_trace_clear.restype = None
     library.mmk_trace_read.argtypes = (ctypes.c_char_p, ctypes.c_int64)
     library.mmk_trace_read.restype = ctypes.c_int64
+    library.mmk_cache_bytes.restype = ctypes.c_int64
+    library.mmk_cache_assume.argtypes = (ctypes.c_int64,)
+    library.mmk_cache_assume.restype = None
     library.mmk_peak_multiply_add.argtypes = (ctypes.c_int64,)
     library.mmk_peak_multiply_add.restype = ctypes.c_double
     library.mmk_peak_multiply_add_flops.argtypes = (ctypes.c_int64,)
@@ -131,6 +134,23 @@ if "MMKERNELS_ISA" in os.environ:
         set_isa(os.environ["MMKERNELS_ISA"])
     except ValueError as error:
         raise ValueError(f"MMKERNELS_ISA={os.environ['MMKERNELS_ISA']}: {error}") from None
+
+
+# --- cache ------------------------------------------------------------------------------------------------------------
+def cache_bytes() -> int:
+    """The last-level cache, in bytes. A call that moves more writes past it."""
+    return int(library.mmk_cache_bytes())
+
+
+@contextmanager
+def assumed_cache_bytes(size: int) -> Iterator[None]:
+    """Another size for the calls inside: for tests, 0 makes every call write past the cache."""
+    before = cache_bytes()
+    library.mmk_cache_assume(size)
+    try:
+        yield
+    finally:
+        library.mmk_cache_assume(before)
 
 
 # --- poisoned outputs -------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import mmkernels as mk
 from mmkernels import runtime
 from mmkernels.cards import all_cards, card_of
-from mmkernels.cards.card import BadInput, Card, Sample
+from mmkernels.cards.card import BadInput, Call, Card, Sample
 from mmkernels.ops import route
 from mmkernels.ops.backends import Explanation
 
@@ -39,6 +39,11 @@ def over_samples(*, full: bool = False, keep: Any = lambda sample: True) -> pyte
 
 
 over_cards = pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
+
+
+def run_all(card: Card, call: Call) -> list[Any]:
+    """Outputs and gradients."""
+    return [*as_tuple(call.of(card.function)), *gradients(card.function, call)]
 
 
 # --- forward and backward against float64 -------------------------------------------------------------------------------
@@ -77,6 +82,18 @@ def check_forward(card: Card, sample: Sample, dtype: torch.dtype, isa: str) -> N
 def test_forward(card: Card, sample: Sample, dtype: torch.dtype, isa: str) -> None:
     if dtype in card.dtypes:
         check_forward(card, sample, dtype, isa)
+
+
+@over_samples()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_writing_past_the_cache(card: Card, sample: Sample, dtype: torch.dtype, isa: str) -> None:
+    """What calls beyond the cache's size do, at every sample's size; and the same bits as through the cache."""
+    with runtime.assumed_cache_bytes(0):
+        check_forward(card, sample, dtype, isa)
+        check_backward(card, sample, dtype)
+        past = run_all(card, draw(sample, dtype))
+    for i, (a, b) in enumerate(zip(past, run_all(card, draw(sample, dtype)), strict=True)):
+        assert_same_bits(a, b, f"result {i}")
 
 
 @pytest.mark.full
@@ -154,15 +171,11 @@ def test_second_derivative_is_right_or_refused(card: Card, sample: Sample) -> No
 def test_same_bits_for_any_number_of_threads(card: Card, dtype: torch.dtype, isa: str, threads: None) -> None:
     sample = next(s for s in reversed(card.samples) if not s.gradcheck and not s.full and "ViT" in s.name)
     call = draw(sample, dtype)
-
-    def run() -> list[Any]:
-        return [*as_tuple(call.of(card.function)), *gradients(card.function, call)]
-
     torch.set_num_threads(1)
-    expected = run()
+    expected = run_all(card, call)
     for count in (1, 2, 3, 4):
         torch.set_num_threads(count)
-        for i, (once, again) in enumerate(zip(expected, run(), strict=True)):
+        for i, (once, again) in enumerate(zip(expected, run_all(card, call), strict=True)):
             assert_same_bits(once, again, f"result {i} with {count} threads")
 
 

@@ -126,6 +126,18 @@ def test_environment_forces_a_tier() -> None:
     assert refused.returncode != 0 and "MMKERNELS_ISA=sse9" in refused.stderr
 
 
+def test_cache_is_what_linux_says() -> None:
+    """sysfs and not the C library, whose answer for a virtual machine can be many times too large."""
+    sizes = [Path(f"/sys/devices/system/cpu/cpu0/cache/index{index}/size") for index in (3, 2)]
+    said = next((path.read_text().strip() for path in sizes if path.exists()), None)
+    if said is not None:
+        assert runtime.cache_bytes() == int(said[:-1]) << {"K": 10, "M": 20}[said[-1]]
+    before = runtime.cache_bytes()
+    with runtime.assumed_cache_bytes(0):
+        assert runtime.cache_bytes() == 0
+    assert runtime.cache_bytes() == before > 0
+
+
 # --- trace, poison, errors ----------------------------------------------------------------------------------------------
 def test_trace_lists_what_ran_oldest_first() -> None:
     mk.last_kernels(clear=True)
