@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmkernels.ops.token_roll import Range, token_roll, token_roll_layer_norm
+from mmkernels.reference.token_roll import default_ranges
 
 
 def visual_ranges(num_text: int, num_visual: int, *, divisor: int = 8) -> tuple[Range, ...]:
@@ -25,11 +26,8 @@ def visual_ranges(num_text: int, num_visual: int, *, divisor: int = 8) -> tuple[
     Returns:
         (start, stop, shift) triples for `ranges`; none where nothing rolls.
     """
-    fold = num_visual // divisor
-    if fold == 0:
-        return ()
-    first, end = num_text + 1, num_text + num_visual
-    return (first, first + fold, 1), (end - fold, end, -1)
+    alone = default_ranges(num_visual, divisor)
+    return tuple((num_text + start, num_text + stop, shift) for start, stop, shift in alone)
 
 
 def _plain_roll(x: Tensor, num_frames: int, ranges: Sequence[Range]) -> Tensor:

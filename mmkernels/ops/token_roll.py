@@ -169,8 +169,10 @@ _norm_backward_op = define(
 
 
 def _few_channels(arguments: backends.Arguments) -> str | None:
+    from mmkernels.triton.token_roll import MAX_CHANNELS  # asked only where Triton can be imported
+
     channels = arguments["x"].size(-1)
-    return None if channels <= 4096 else f"x has {channels} channels; the Triton kernels take 4096"
+    return None if channels <= MAX_CHANNELS else f"x has {channels} channels; the Triton kernels take {MAX_CHANNELS}"
 
 
 _TIERS = ("generic", "avx2", "avx512")

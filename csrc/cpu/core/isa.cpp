@@ -1,8 +1,5 @@
 #include "isa.h"
 
-#include <cstdlib>
-#include <cstring>
-
 #include "amx.h"
 #include "export.h"
 
