@@ -83,13 +83,15 @@ def blocks() -> ModuleType:
     """The test extension with the CPU core's building blocks, built on first use for this Python."""
     from filelock import FileLock
 
-    build = ROOT / "build" / f"blocks-{sys.implementation.cache_tag}"
+    emulated = os.environ.get("MMK_TEST_EMULATE_AVX512") == "1"  # set by test_emulated.py
+    build = ROOT / "build" / f"blocks-{sys.implementation.cache_tag}{'-emulated' if emulated else ''}"
     build.mkdir(parents=True, exist_ok=True)
     with FileLock(build / "lock"):
         options = [
             f"-DTORCH_DIR={Path(torch.__file__).parent}",
             "-DMMK_CUDA=OFF",
             "-DMMK_TEST_EXTENSION=ON",
+            f"-DMMK_EMULATE_AVX512={'ON' if emulated else 'OFF'}",
             f"-DPython3_EXECUTABLE={sys.executable}",
             "-DPython3_FIND_VIRTUALENV=ONLY",
         ]

@@ -1,4 +1,4 @@
-"""What the tests share: the correctness rule, drawing calls, gradients, comparing."""
+"""What the tests share: the correctness rule, drawing calls, gradients, comparing, floats of every size."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -86,3 +87,15 @@ def assert_same_bits(a: Any, b: Any, what: str) -> None:
 
 def sample_ids(cards: Sequence[Card], *, full: bool) -> list[tuple[Card, Sample]]:
     return [(card, sample) for card in cards for sample in card.samples if sample.full == full]
+
+
+def floats_of_every_exponent(samples: int) -> np.ndarray:
+    """`samples` float32 numbers of each sign and exponent, with mantissas that hit the ties of both half types."""
+    generator = np.random.default_rng(0)
+    top = (np.arange(512, dtype=np.uint32) << 23)[:, None]
+    mantissas = generator.integers(0, 1 << 23, (512, samples), dtype=np.uint32)
+    kept = generator.integers(0, 1 << 10, (512, samples), dtype=np.uint32)
+    half_of_bfloat16, half_of_float16 = (kept << 16) | 0x8000, (kept << 13) | 0x1000
+    edges = np.broadcast_to(np.array([0, 1, 0x7FFFFF, 0x7FFFFE, 0x400000], dtype=np.uint32), (512, 5))
+    bits = np.concatenate([top | (m & 0x7FFFFF) for m in (mantissas, half_of_bfloat16, half_of_float16, edges)], axis=1)
+    return np.ascontiguousarray(bits.reshape(-1)).view(np.float32)

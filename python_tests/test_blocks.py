@@ -7,6 +7,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from support import floats_of_every_exponent
 
 from mmkernels import runtime
 
@@ -16,18 +17,6 @@ TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 over_tiers = pytest.mark.parametrize("tier", TIERS)
 over_types = pytest.mark.parametrize("name", TYPES)
 over_forms = pytest.mark.parametrize("scalars", [False, True], ids=["vectors", "scalars"])
-
-
-def floats_of_every_exponent(samples: int) -> np.ndarray:
-    """`samples` float32 numbers of each sign and exponent, with mantissas that hit the ties of both half types."""
-    generator = np.random.default_rng(0)
-    top = (np.arange(512, dtype=np.uint32) << 23)[:, None]
-    mantissas = generator.integers(0, 1 << 23, (512, samples), dtype=np.uint32)
-    kept = generator.integers(0, 1 << 10, (512, samples), dtype=np.uint32)
-    half_of_bfloat16, half_of_float16 = (kept << 16) | 0x8000, (kept << 13) | 0x1000
-    edges = np.broadcast_to(np.array([0, 1, 0x7FFFFF, 0x7FFFFE, 0x400000], dtype=np.uint32), (512, 5))
-    bits = np.concatenate([top | (m & 0x7FFFFF) for m in (mantissas, half_of_bfloat16, half_of_float16, edges)], axis=1)
-    return np.ascontiguousarray(bits.reshape(-1)).view(np.float32)
 
 
 def assert_equal_but_for_nan(ours: torch.Tensor, theirs: torch.Tensor) -> None:

@@ -55,7 +55,9 @@ def test_layer_norm_of_any_width(channels: int, rows: int, count: int, half: boo
         (*to_double(call).of(reference.token_roll_layer_norm), *gradients(reference.token_roll_layer_norm, to_double(call))),
         strict=True,
     ):
-        assert_within_rule(ours, plain, truth, f"{channels} channels")
+        # Of a few numbers whose terms cancel, torch's own may be right by luck.
+        lucky = 4 * torch.finfo(ours.dtype).eps * max(1.0, truth.abs().max().item())
+        assert_within_rule(ours, plain, truth, f"{channels} channels", extra=lucky)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)

@@ -42,20 +42,22 @@ inline void poison(const Tensor& tensor) {
 #endif
 }
 
-// A new contiguous tensor on `like`'s device, through the C shim: half the cost of a dispatcher call.
-inline Tensor new_tensor(const Tensor& like, std::initializer_list<std::int64_t> sizes, std::int32_t dtype) {
-  std::int64_t strides[8];
+inline constexpr std::int64_t max_dims = 16;
+
+// A new contiguous tensor on `like`'s device, of at most max_dims dimensions, through the C shim: half the cost of a
+// dispatcher call.
+inline Tensor new_tensor(const Tensor& like, const std::int64_t* sizes, std::int64_t dims, std::int32_t dtype) {
+  std::int64_t strides[max_dims];
   std::int64_t stride = 1;
-  for (std::int64_t i = static_cast<std::int64_t>(sizes.size()) - 1; i >= 0; --i) {
+  for (std::int64_t i = dims - 1; i >= 0; --i) {
     strides[i] = stride;
-    stride *= std::max<std::int64_t>(1, sizes.begin()[i]);
+    stride *= std::max<std::int64_t>(1, sizes[i]);
   }
   std::int32_t device_type = 0, device_index = 0;
   aoti_torch_get_device_type(like.get(), &device_type);
   aoti_torch_get_device_index(like.get(), &device_index);
   AtenTensorHandle handle = nullptr;
-  const auto status = aoti_torch_empty_strided(static_cast<std::int64_t>(sizes.size()), sizes.begin(), strides, dtype,
-                                               device_type, device_index, &handle);
+  const auto status = aoti_torch_empty_strided(dims, sizes, strides, dtype, device_type, device_index, &handle);
   if (status != TORCH_SUCCESS) {  // the C shim keeps torch's own words to itself
     throw std::runtime_error("mmkernels out of memory: an output of " +
                              std::to_string(stride * static_cast<std::int64_t>(aoti_torch_dtype_element_size(dtype))) +
@@ -64,6 +66,10 @@ inline Tensor new_tensor(const Tensor& like, std::initializer_list<std::int64_t>
   Tensor tensor(handle);
   if (mmk_poisons_outputs()) poison(tensor);
   return tensor;
+}
+
+inline Tensor new_tensor(const Tensor& like, std::initializer_list<std::int64_t> sizes, std::int32_t dtype) {
+  return new_tensor(like, sizes.begin(), static_cast<std::int64_t>(sizes.size()), dtype);
 }
 
 inline bool on_one_device(const Tensor& a, const Tensor& b) {

@@ -2,13 +2,12 @@
 #pragma once
 #include <vector>
 
-#include "tensor.h"
+#include "arguments.h"
 #include "token_roll_shape.h"
 
 namespace mmk {
 
 using Ints = std::vector<std::int64_t>;
-using MaybeTensor = std::optional<Tensor>;
 
 // The shape of one call; owns the segments that RollShape points to.
 struct Problem {
@@ -61,32 +60,6 @@ struct Problem {
   }
 };
 
-// float32, bfloat16, float16, float64 as 0 to 3: the order of the kernels' tables.
-inline int dtype_index(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return 0;
-    case ScalarType::BFloat16:
-      return 1;
-    case ScalarType::Half:
-      return 2;
-    case ScalarType::Double:
-      return 3;
-    default:
-      check(false, "x", "the kernel takes float32, bfloat16, float16 or float64");
-      return -1;
-  }
-}
-
-inline void check_parameter(const MaybeTensor& parameter, const char* name, const Tensor& x, std::int64_t channels) {
-  if (!parameter.has_value()) return;
-  check(on_one_device(*parameter, x), name, "expected the device of x");
-  check(parameter->dim() == 1 && parameter->size(0) == channels, name, "expected [", channels, "]");
-  const ScalarType dtype = parameter->scalar_type(), of_x = x.scalar_type();
-  check(dtype == of_x || (dtype == ScalarType::Float && of_x != ScalarType::Double), name,
-        "expected the dtype of x, or float32 beside bfloat16 and float16");
-}
-
 // Answers whether grad_normed is float32 beside a half-precision x.
 inline bool check_backward(const Problem& problem, const MaybeTensor& grad_normed, const MaybeTensor& grad_rolled,
                            const Tensor& x, const Tensor& stats) {
@@ -109,11 +82,6 @@ inline bool check_backward(const Problem& problem, const MaybeTensor& grad_norme
             stats.scalar_type() == (x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float),
         "stats", "expected the [2, B*T, N] statistics of the forward call");
   return wide;
-}
-
-// Partial sums per chunk of positions: enough chunks for any number of threads, few enough to add up in no time.
-inline std::int64_t chunks_of(std::int64_t positions) {
-  return std::min<std::int64_t>(64, std::max<std::int64_t>(1, positions / 32));
 }
 
 }  // namespace mmk

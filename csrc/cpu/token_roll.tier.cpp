@@ -1,7 +1,7 @@
 // Kernels of token rolling and of rolling fused with LayerNorm. Compiled once per tier.
 #include "token_roll.h"
 
-#include "core/vec.h"
+#include "core/rows.h"
 
 namespace mmk::MMK_TIER {
 namespace {
@@ -82,78 +82,6 @@ void copy(const RollCopy& call, int64_t begin, int64_t end) {
     }
   });
   if (call.stream) stream_fence();
-}
-
-// term(sum, i, lanes) over the channels: four running sums, then the tail, in one fixed order.
-template <class A, class F>
-inline A sum_over(int64_t channels, const F& term) {
-  using V = Vec<A>;
-  constexpr int64_t width = V::width;
-  typename V::Register sums[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
-  int64_t i = 0;
-  for (; i + 4 * width <= channels; i += 4 * width)
-    for (int j = 0; j < 4; ++j) sums[j] = term(sums[j], i + j * width, width);
-  for (; i + width <= channels; i += width) sums[0] = term(sums[0], i, width);
-  if (i < channels) sums[1] = term(sums[1], i, channels - i);
-  return V::sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
-}
-
-template <class A>
-struct Sums {
-  A first, second;
-};
-
-// Two sums over the same data in one pass: term(first, second, i, lanes) adds to both.
-template <class A, class F>
-inline Sums<A> sums_over(int64_t channels, const F& term) {
-  using V = Vec<A>;
-  constexpr int64_t width = V::width;
-  typename V::Register first[2] = {V::zero(), V::zero()}, second[2] = {V::zero(), V::zero()};
-  int64_t i = 0;
-  for (; i + 2 * width <= channels; i += 2 * width)
-    for (int j = 0; j < 2; ++j) term(first[j], second[j], i + j * width, width);
-  for (; i + width <= channels; i += width) term(first[0], second[0], i, width);
-  if (i < channels) term(first[1], second[1], i, channels - i);
-  return {V::sum(first[0] + first[1]), V::sum(second[0] + second[1])};
-}
-
-// Whole vectors where there are `width` lanes left, the padded tail otherwise. Lanes past the end load as zero.
-template <class A, class T>
-inline typename Vec<A>::Register load_lanes(const T* from, int64_t count) {
-  return count == Vec<A>::width ? Vec<A>::load(from) : load_part<A>(from, count);
-}
-
-template <class A, class T>
-inline void store_lanes(T* to, typename Vec<A>::Register value, int64_t count) {
-  if (count == Vec<A>::width) {
-    Vec<A>::store(to, value);
-  } else {
-    store_part<A>(to, value, count);
-  }
-}
-
-// (x - mean) for the lanes that exist and 0 for those that pad the tail, so that padding adds nothing to a variance.
-template <class A, class T>
-inline typename Vec<A>::Register load_centred(const T* x, typename Vec<A>::Register mean, int64_t count) {
-  if (count == Vec<A>::width) return Vec<A>::load(x) - mean;
-  A lanes[Vec<A>::width];
-  Vec<A>::store(lanes, load_part<A>(x, count) - mean);
-  for (int64_t i = count; i < Vec<A>::width; ++i) lanes[i] = A(0);
-  return Vec<A>::load(lanes);
-}
-
-inline float square_root(float value) { return __builtin_sqrtf(value); }
-inline double square_root(double value) { return __builtin_sqrt(value); }
-
-// Whether every row of a contiguous output begins where stores that bypass the cache may go.
-template <class T>
-inline bool rows_aligned(const void* base, int64_t channels) {
-  constexpr int64_t alignment = Vec<accumulator_t<T>>::template stream_alignment<T>();
-  if constexpr (alignment == 0) {
-    return false;
-  } else {
-    return reinterpret_cast<uintptr_t>(base) % alignment == 0 && channels * static_cast<int64_t>(sizeof(T)) % alignment == 0;
-  }
 }
 
 // T: x and rolled; N: normed. Three passes over a row that stays in the first-level cache.

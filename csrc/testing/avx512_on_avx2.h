@@ -38,11 +38,30 @@ inline __m256i cvtps_ph(simde__m512 value) {
 
 inline __m256 extractf32x8_ps(simde__m512 value, int half) { return simde__m512_to_private(value).m256[half]; }
 
+inline simde__m512 shuffle_f32x4(simde__m512 a, simde__m512 b, int parts) {
+  const simde__m512_private of_a = simde__m512_to_private(a), of_b = simde__m512_to_private(b);
+  simde__m512_private result;
+  for (int i = 0; i < 4; ++i) result.m128[i] = (i < 2 ? of_a : of_b).m128[parts >> (2 * i) & 3];
+  return simde__m512_from_private(result);
+}
+
+inline simde__m512 cvtepi32_ps(simde__m512i value) {
+  const simde__m512i_private lanes = simde__m512i_to_private(value);
+  simde__m512_private result;
+  for (int i = 0; i < 2; ++i) result.m256[i] = _mm256_cvtepi32_ps(lanes.m256i[i]);
+  return simde__m512_from_private(result);
+}
+
 }  // namespace mmk_emulated
 
 #undef _mm512_cvtps_ph
+#undef _mm512_madd_epi16
+#undef _mm512_shuffle_f32x4
 #undef _mm512_cvtepi32_epi16
 #undef _mm512_extractf32x8_ps
+#define _mm512_madd_epi16(a, b) simde_mm512_madd_epi16(a, b)
+#define _mm512_shuffle_f32x4 mmk_emulated::shuffle_f32x4
+#define _mm512_cvtepi32_ps mmk_emulated::cvtepi32_ps
 #define _mm512_cvtepu16_epi32 mmk_emulated::cvtepu16_epi32
 #define _mm512_cvtepi32_epi16 mmk_emulated::cvtepi32_epi16
 #define _mm512_cvtph_ps mmk_emulated::cvtph_ps

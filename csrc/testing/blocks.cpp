@@ -16,13 +16,29 @@ namespace {
 using Bits = py::array_t<std::uint16_t, py::array::c_style>;
 using Floats = py::array_t<float, py::array::c_style>;
 
-const mmk::VecBlocks& blocks_of(const std::string& tier) {
+template <class Blocks>
+const Blocks& table_of(const mmk::Tiers<Blocks>& tiers, const std::string& tier) {
   for (int i = 0; i < mmk::isa_count; ++i)
-    if (tier == mmk::isa_name(static_cast<mmk::Isa>(i)) && mmk::vec_blocks_tiers.tables[i] != nullptr) {
+    if (tier == mmk::isa_name(static_cast<mmk::Isa>(i)) && tiers.tables[i] != nullptr) {
       if (i > static_cast<int>(mmk::best_isa())) throw std::invalid_argument("this processor does not offer " + tier);
-      return *mmk::vec_blocks_tiers.tables[i];
+      return *tiers.tables[i];
     }
   throw std::invalid_argument("no vectors of tier " + tier);
+}
+
+const mmk::VecBlocks& blocks_of(const std::string& tier) { return table_of(mmk::vec_blocks_tiers, tier); }
+
+// The named function of core/math.h, through the member for T.
+template <class T>
+py::array_t<T> apply(void (*mmk::MathBlock::*member)(const T*, T*, std::int64_t), const std::string& tier,
+                     const std::string& name, const py::array_t<T, py::array::c_style>& values) {
+  for (const mmk::MathBlock& block : table_of(mmk::math_blocks_tiers, tier).functions)
+    if (name == block.name && block.*member != nullptr) {
+      py::array_t<T> out(values.size());
+      (block.*member)(values.data(), out.mutable_data(), values.size());
+      return out;
+    }
+  throw std::invalid_argument("no function " + name + " of this type in tier " + tier);
 }
 
 template <class T>
@@ -60,6 +76,13 @@ PYBIND11_MODULE(mmkernels_blocks, module) {
     return blocks.sum(values.data());
   });
   module.def("fma", [](const std::string& tier, float a, float b, float c) { return blocks_of(tier).fma(a, b, c); });
+  module.def("math", [](const std::string& tier, const std::string& name, const Floats& values) {
+    return apply<float>(&mmk::MathBlock::floats, tier, name, values);
+  });
+  module.def("math_of_doubles", [](const std::string& tier, const std::string& name,
+                                   const py::array_t<double, py::array::c_style>& values) {
+    return apply<double>(&mmk::MathBlock::doubles, tier, name, values);
+  });
   module.def("amx_usable", &mmk::amx::usable);
 #if MMK_X86_TIERS
   module.def("amx_tile_product", [](const Bits& a, const Bits& b_pairs, const Floats& c) {

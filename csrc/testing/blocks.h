@@ -1,5 +1,6 @@
 // The CPU core's building blocks, per tier, as the test extension (blocks.cpp) shows them to pytest.
 #pragma once
+#include "core/activation.h"
 #include "core/isa.h"
 #include "core/storage.h"
 
@@ -21,6 +22,18 @@ struct VecBlocks {
   float (*fma)(float, float, float);
 };
 
+// A function of core/math.h applied to an array; doubles in the generic tier alone.
+struct MathBlock {
+  const char* name;
+  void (*floats)(const float*, float*, int64_t);
+  void (*doubles)(const double*, double*, int64_t);
+};
+
+struct MathBlocks {
+  MathBlock functions[4 + 2 * activation_count];
+};
+
 MMK_TIERS(VecBlocks, vec_blocks)
+MMK_TIERS(MathBlocks, math_blocks)
 
 }  // namespace mmk

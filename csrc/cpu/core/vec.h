@@ -94,12 +94,14 @@ struct Vec;
 #define MMK_TIER_IS_generic 1
 #define MMK_TIER_IS_avx2 2
 #define MMK_TIER_IS_avx512 3
+#define MMK_TIER_IS_vnni 4
+#define MMK_TIER_IS_amx 5
 #define MMK_TIER_ID_(tier) MMK_TIER_IS_##tier
 #define MMK_TIER_ID(tier) MMK_TIER_ID_(tier)
 
 #if MMK_TIER_ID(MMK_TIER) == MMK_TIER_IS_avx2
 #include "vec_avx2.h"
-#elif MMK_TIER_ID(MMK_TIER) == MMK_TIER_IS_avx512
+#elif MMK_TIER_ID(MMK_TIER) >= MMK_TIER_IS_avx512
 #include "vec_avx512.h"
 #else
 #include "vec_generic.h"
@@ -121,6 +123,21 @@ inline void store_part(T* to, typename Vec<A>::Register value, int64_t count) {
   T lanes[Vec<A>::width];
   Vec<A>::store(lanes, value);
   memcpy(to, lanes, static_cast<size_t>(count) * sizeof(T));
+}
+
+// Whole vectors where there are `width` lanes left, the padded tail otherwise. Lanes past the end load as zero.
+template <class A, class T>
+inline typename Vec<A>::Register load_lanes(const T* from, int64_t count) {
+  return count == Vec<A>::width ? Vec<A>::load(from) : load_part<A>(from, count);
+}
+
+template <class A, class T>
+inline void store_lanes(T* to, typename Vec<A>::Register value, int64_t count) {
+  if (count == Vec<A>::width) {
+    Vec<A>::store(to, value);
+  } else {
+    store_part<A>(to, value, count);
+  }
 }
 
 }  // namespace
