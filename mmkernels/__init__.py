@@ -7,17 +7,39 @@ Every op is a torch operator with autograd and torch.compile support, compiled k
 kernels, and a definition in plain PyTorch beside it (``mmkernels.reference``).
 """
 
+import importlib
+from types import ModuleType
+
 from mmkernels.inspection import explain, info
+from mmkernels.ops.linear import linear, mlp
+from mmkernels.ops.norm import add_layer_norm, add_rms_norm, layer_norm, modulate, rms_norm
+from mmkernels.ops.packed_linear import PackedLinear, pack_linear
 from mmkernels.ops.token_roll import token_roll, token_roll_layer_norm
 from mmkernels.runtime import FallbackWarning, last_kernels
 from mmkernels.version import __version__
 
 __all__ = [
     "FallbackWarning",
+    "PackedLinear",
     "__version__",
+    "add_layer_norm",
+    "add_rms_norm",
     "explain",
     "info",
     "last_kernels",
+    "layer_norm",
+    "linear",
+    "mlp",
+    "modulate",
+    "pack_linear",
+    "rms_norm",
     "token_roll",
     "token_roll_layer_norm",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """mk.nn and mk.models, imported when they are first asked for."""
+    if name in ("models", "nn"):
+        return importlib.import_module(f"mmkernels.{name}")
+    raise AttributeError(f"module 'mmkernels' has no attribute {name!r}")

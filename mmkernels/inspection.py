@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map
 
 from mmkernels import runtime
 from mmkernels.version import __version__
@@ -46,8 +47,7 @@ def _check_on_fakes(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     def fake(value: Any) -> Any:
         return mode.from_tensor(value.detach()) if isinstance(value, torch.Tensor) else value
 
-    fake_args = tuple(fake(value) for value in args)
-    fake_kwargs = {name: fake(value) for name, value in kwargs.items()}
+    fake_args, fake_kwargs = tree_map(fake, (args, kwargs))
     with mode, torch.no_grad():
         function(*fake_args, **fake_kwargs)
 
@@ -119,7 +119,7 @@ def ops_table() -> str:
     """The README's table of ops, in Markdown, made from the cards."""
     from mmkernels.cards import all_cards
 
-    titles = {"cpu": "CPU (C++)", "cuda": "CUDA C++", "triton": "Triton", "reference": "reference"}
+    titles = {"cpu": "CPU (C++)", "cuda": "CUDA C++", "triton": "Triton", "torch": "torch (CUDA)", "reference": "reference"}
     rows = ["| op | what it does | backends | dtypes | systems |", "| --- | --- | --- | --- | --- |"]
     for card in all_cards():
         backends = ", ".join(titles[backend.name] for backend in card.backends)

@@ -54,7 +54,9 @@ def check_forward(card: Card, sample: Sample, dtype: torch.dtype, isa: str) -> N
     runtime.last_kernels(clear=True)
     with runtime.poisoned_outputs():
         outputs = as_tuple(call.of(card.function))
-    ran = [kernel for op, kernel in runtime.last_kernels() if op == card.name]
+    # Several public ops may share one operator, whose name is then none of theirs.
+    forward = {name.removeprefix("mmkernels::") for name in card.ops if not name.endswith("_backward")}
+    ran = [kernel for op, kernel in runtime.last_kernels() if op in forward]
     expected = mk.explain(card.function, *call.args, **call.kwargs)
     assert ran == [expected.kernel], f"ran {ran}, explain said {expected.kernel}"
     assert expected.kernel.startswith("cpu/") and expected.kernel.removeprefix("cpu/") in runtime.ISA_NAMES
@@ -347,7 +349,7 @@ def test_second_derivative_through_the_operator(card: Card) -> None:
     """What compiled and exported graphs call is as honest as the eager function: right, or refused."""
     sample = card.samples[0]
     with RecordOperators() as recorded:
-        draw(sample, torch.float64).of(card.function)
+        leaves(draw(sample, torch.float64))[0].of(card.function)
     func, args, kwargs = recorded.calls[0]
     args = tuple(a.requires_grad_() if isinstance(a, Tensor) else a for a in args)
     output = as_tuple(func(*args, **kwargs))[0]

@@ -1,4 +1,5 @@
-"""The AVX-512 tier on a processor without AVX-512: the same source through SIMDe, under the whole generic suite."""
+"""The AVX-512 and AMX kernels on a processor with AVX2 alone: the same source through SIMDe and tiles in memory, under the
+whole generic suite."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from mmkernels import runtime
 
 
 @pytest.mark.full
-def test_avx512_tier_through_emulation(tmp_path: Path) -> None:
+def test_higher_tiers_through_emulation(tmp_path: Path) -> None:
     if "avx512" in runtime.available_isas():
         return  # the real one is tested by every test that takes the fixture `isa`
     if runtime.best_isa() != "avx2" or not Path("/usr/include/simde/x86/avx512.h").exists():
@@ -35,14 +36,32 @@ def test_avx512_tier_through_emulation(tmp_path: Path) -> None:
     shutil.copytree(Path(mmkernels.__file__).parent, package)
     shutil.copy2(build / "libmmkernels_cpu.so", package / "lib")
     environment["PYTHONPATH"] = str(package.parent)
+    environment["MMK_TEST_EMULATE_AVX512"] = "1"  # for the fixture `blocks`
     code = "import mmkernels as mk; print(mk.runtime.available_isas()[-1], mk.__file__)"
     which = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
     )
-    assert which.stdout.split() == ["avx512", str(package / "__init__.py")]
-    tests = [str(ROOT / "python_tests" / name) for name in ("test_cards.py", "test_token_roll.py")]
+    assert which.stdout.split() == ["amx", str(package / "__init__.py")]
+    tests = [
+        str(ROOT / "python_tests" / name)
+        for name in (
+            "test_cards.py",
+            "test_token_roll.py",
+            "test_linear.py",
+            "test_norm.py",
+            "test_blocks.py",
+            "test_math.py",
+        )
+    ]
     done = subprocess.run(
-        [str(Path(sys.executable).parent / "pytest"), "-k", "avx512 or tiers_agree", "--rootdir", str(ROOT), *tests],
+        [
+            str(Path(sys.executable).parent / "pytest"),
+            "-k",
+            "avx512 or amx or tiers_agree or any_",
+            "--rootdir",
+            str(ROOT),
+            *tests,
+        ],
         cwd=tmp_path,
         env=environment,
         capture_output=True,

@@ -51,8 +51,15 @@ def _device(arguments: Arguments, primary: str) -> str:
     return arguments[primary].device.type
 
 
-def cpu(tiers: tuple[str, ...], *, primary: str = "x", generic_only: tuple[torch.dtype, ...] = (torch.float64,)) -> Backend:
-    """The compiled CPU kernels of `tiers`; `generic_only` dtypes have kernels in the generic tier alone."""
+def cpu(
+    tiers: tuple[str, ...],
+    *,
+    primary: str = "x",
+    generic_only: tuple[torch.dtype, ...] = (torch.float64,),
+    tier_of: Callable[[Arguments], str | None] = lambda arguments: None,
+) -> Backend:
+    """The compiled CPU kernels of `tiers`; `generic_only` dtypes have kernels in the generic tier alone; `tier_of` names the
+    tier of calls that have one of their own."""
 
     def reason(arguments: Arguments) -> str | None:
         return None if _device(arguments, primary) == "cpu" else f"{primary} is on {_device(arguments, primary)}"
@@ -60,6 +67,9 @@ def cpu(tiers: tuple[str, ...], *, primary: str = "x", generic_only: tuple[torch
     def kernel(arguments: Arguments) -> str:
         if arguments[primary].dtype in generic_only:
             return "cpu/generic"
+        own = tier_of(arguments)
+        if own is not None:
+            return f"cpu/{own}"
         in_force = runtime.ISA_NAMES.index(runtime.isa())
         return "cpu/" + next(name for name in reversed(runtime.ISA_NAMES[: in_force + 1]) if name in tiers)
 
@@ -95,6 +105,16 @@ def triton(dtypes: tuple[torch.dtype, ...], *, primary: str = "x", extra: Reason
         return extra(arguments) if extra is not None else None
 
     return Backend("triton", reason, lambda arguments: "triton")
+
+
+def torch_cuda(why: str, *, primary: str = "x") -> Backend:
+    """torch's own kernels on CUDA, where there is nothing to gain over them: no fallback, but the choice."""
+
+    def reason(arguments: Arguments) -> str | None:
+        device = _device(arguments, primary)
+        return None if device == "cuda" else f"{primary} is on {device}; on cuda {why}"
+
+    return Backend("torch", reason, lambda arguments: "torch")
 
 
 REFERENCE = Backend("reference", lambda arguments: None, lambda arguments: "reference")

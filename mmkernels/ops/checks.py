@@ -8,20 +8,69 @@ import torch
 from torch import Tensor
 
 INT64_MAX = 2**63 - 1
+MAX_DIMS = 16  # of a tensor whose leading dimensions are free (csrc/common/tensor.h)
 
 
 def check_tensor(value: Any, name: str, shape: str, dtypes: tuple[torch.dtype, ...]) -> Tensor:
     """A dense tensor of as many dimensions as `shape` ("[B*T, N, C]") names, of one of `dtypes`, its last one contiguous."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a tensor {shape}, got {type(value).__name__}")
-    _check_layout(value, name)
-    if value.dtype not in dtypes:
-        raise TypeError(f"{name}: expected {', '.join(map(str, dtypes))}, got {value.dtype}")
+    _check_dense(value, name, shape, dtypes)
     if value.dim() != shape.count(",") + 1:
         raise ValueError(f"{name}: expected {shape}, got shape {tuple(value.shape)}")
-    if value.stride(-1) != 1 and value.size(-1) > 1 and value.numel() > 0:
-        raise ValueError(f"{name}: the last dimension must be contiguous, got strides {value.stride()}; call .contiguous()")
+    _check_last_dimension(value, name)
     return value
+
+
+def check_tokens(value: Any, name: str, shape: str, dtypes: tuple[torch.dtype, ...]) -> Tensor:
+    """A dense tensor of 1 to MAX_DIMS dimensions, of one of `dtypes`, whatever its strides."""
+    _check_dense(value, name, shape, dtypes)
+    if not 1 <= value.dim() <= MAX_DIMS:
+        raise ValueError(f"{name}: expected {shape} of 1 to {MAX_DIMS} dimensions, got shape {tuple(value.shape)}")
+    return value
+
+
+def check_matrix(value: Any, name: str, shape: str, dtypes: tuple[torch.dtype, ...]) -> Tensor:
+    """A dense tensor of two dimensions, of one of `dtypes`, whatever its strides."""
+    _check_dense(value, name, shape, dtypes)
+    if value.dim() != 2:
+        raise ValueError(f"{name}: expected {shape}, got shape {tuple(value.shape)}")
+    return value
+
+
+def check_rows(
+    value: Any, name: str, dtypes: tuple[torch.dtype, ...], *, like: Tensor | None = None, like_name: str = ""
+) -> Tensor:
+    """A dense tensor [..., C] of one of `dtypes`, its last dimension contiguous; `like`: of its shape, dtype and device."""
+    _check_dense(value, name, "[..., C]", dtypes)
+    if not 1 <= value.dim() <= MAX_DIMS:
+        raise ValueError(f"{name}: expected [..., C] of 1 to {MAX_DIMS} dimensions, got shape {tuple(value.shape)}")
+    _check_last_dimension(value, name)
+    if like is not None:
+        if value.shape != like.shape:
+            raise ValueError(f"{name}: expected the shape of {like_name}, {tuple(like.shape)}, got {tuple(value.shape)}")
+        if value.dtype != like.dtype:
+            raise TypeError(f"{name}: expected the dtype of {like_name}, {like.dtype}, got {value.dtype}")
+        if value.device != like.device:
+            raise ValueError(f"{name}: expected the device of {like_name}, {like.device}, got {value.device}")
+    return value
+
+
+def check_vectors(value: Any, name: str, beside: Tensor, beside_name: str) -> None:
+    """Vectors over the last dimension of `beside` [B, ..., C]: one a sample ([B, C] or [B, 1, ..., C]) or one a row (its
+    shape); on its device, in its dtype or (beside half precision) in float32."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    _check_layout(value, name)
+    _check_beside(value, name, beside, beside_name)
+    shape = beside.shape
+    by_sample = beside.dim() > 1 and (
+        value.shape == (shape[0], shape[-1]) or value.shape == (shape[0], *[1] * (beside.dim() - 2), shape[-1])
+    )
+    if not by_sample and value.shape != shape:
+        raise ValueError(
+            f"{name}: expected one vector a sample, [B, C] or [B, 1, C], or one a token, the shape of {beside_name}; got "
+            f"{tuple(value.shape)} beside {beside_name} {tuple(shape)}"
+        )
+    _check_last_dimension(value, name)
 
 
 def check_parameter(value: Any, name: str, size: int, beside: Tensor, beside_name: str) -> None:
@@ -31,15 +80,7 @@ def check_parameter(value: Any, name: str, size: int, beside: Tensor, beside_nam
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor [{size}] or None, got {type(value).__name__}")
     _check_layout(value, name)
-    if value.device != beside.device:
-        raise ValueError(f"{name}: expected the device of {beside_name}, {beside.device}, got {value.device}")
-    if value.dtype != beside.dtype and not (
-        value.dtype == torch.float32 and beside.dtype in (torch.bfloat16, torch.float16)
-    ):
-        raise TypeError(
-            f"{name}: expected the dtype of {beside_name}, {beside.dtype} (or float32 beside half precision), "
-            f"got {value.dtype}"
-        )
+    _check_beside(value, name, beside, beside_name)
     if value.dim() != 1 or value.size(0) != size:
         raise ValueError(f"{name}: expected shape ({size},), got {tuple(value.shape)}")
 
@@ -76,7 +117,32 @@ def check_gradient(
         raise ValueError(f"{name}: expected the device {beside.device}, got {value.device}")
 
 
+def _check_dense(value: Any, name: str, shape: str, dtypes: tuple[torch.dtype, ...]) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor {shape}, got {type(value).__name__}")
+    _check_layout(value, name)
+    if value.dtype not in dtypes:
+        raise TypeError(f"{name}: expected {', '.join(map(str, dtypes))}, got {value.dtype}")
+
+
 def _check_layout(value: Tensor, name: str) -> None:
     if value.layout != torch.strided or value.is_nested:
         kind = "a nested tensor" if value.is_nested else f"layout {value.layout}"
         raise TypeError(f"{name}: expected a dense tensor, got {kind}")
+
+
+def _check_beside(value: Tensor, name: str, beside: Tensor, beside_name: str) -> None:
+    if value.device != beside.device:
+        raise ValueError(f"{name}: expected the device of {beside_name}, {beside.device}, got {value.device}")
+    if value.dtype != beside.dtype and not (
+        value.dtype == torch.float32 and beside.dtype in (torch.bfloat16, torch.float16)
+    ):
+        raise TypeError(
+            f"{name}: expected the dtype of {beside_name}, {beside.dtype} (or float32 beside half precision), "
+            f"got {value.dtype}"
+        )
+
+
+def _check_last_dimension(value: Tensor, name: str) -> None:
+    if value.stride(-1) != 1 and value.size(-1) > 1 and value.numel() > 0:
+        raise ValueError(f"{name}: the last dimension must be contiguous, got strides {value.stride()}; call .contiguous()")

@@ -74,22 +74,27 @@ def implement(
     primary: str,
     *,
     check: Callable[..., Any],
-    triton: Callable[..., Any],
     reference: Callable[..., Any],
+    triton: Callable[..., Any] | None = None,
+    torch_formula: Callable[..., Any] | None = None,
 ) -> None:
-    """What runs where the compiled libraries have no kernel: Triton, and after it, with a warning, the reference.
+    """What runs where the compiled libraries have no kernel: Triton, torch's own formula where `backends` says that it is
+    the best there is, and last, with a warning, the reference.
 
-    `check`, `triton()` and `reference` take the operator's own arguments. `check` raises as compiled code does by itself;
-    `triton()` imports the kernels on first use.
+    `check`, `triton()`, `torch_formula` and `reference` take the operator's own arguments. `check` raises as compiled code
+    does by itself; `triton()` imports the kernels on first use.
     """
     name = op._schema.name.removeprefix("mmkernels::")
-    position = [argument.name for argument in op._schema.arguments].index(primary)
+    names = [argument.name for argument in op._schema.arguments]
+    position = names.index(primary)
 
     def run(*args: Any) -> Any:
         check(*args)
-        explanation = choose(name, backends, {primary: args[position]})
+        explanation = choose(name, backends, dict(zip(names, args, strict=False)))  # arguments with defaults may be missing
         runtime.record_kernel(name, explanation.kernel)
-        if explanation.kernel == "triton":
+        if explanation.kernel == "torch" and torch_formula is not None:
+            return torch_formula(*args)
+        if explanation.kernel == "triton" and triton is not None:
             with torch.cuda.device_of(args[position]):  # Triton launches on the current device, whatever the tensors'
                 return triton()(*args)
         runtime.report_fallback(name, "; ".join(f"{b}: {r}" for b, r in explanation.reasons.items() if r is not None))
@@ -213,6 +218,34 @@ def _once(backward: Callable[..., Any], name: str) -> Callable[..., Any]:
 def autocast_widens_norms(device: torch.device) -> bool:
     """Whether torch's autocast now runs normalisations in float32 there: on the CPU it leaves their dtype alone."""
     return device.type != "cpu" and torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _autocast_available(device: str) -> bool:
+    """Asked while torch traces: the compiler of torch 2.10 cannot look into it."""
+    return torch.amp.is_autocast_available(device)
+
+
+def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+    """The dtype in which torch's autocast now runs matrix products of x; None where it leaves them alone."""
+    if x.is_cpu:  # the way that is walked most often, without a question that costs half a microsecond
+        return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+    device = x.device.type
+    if not _autocast_available(device) or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def wants_gradient(*tensors: torch.Tensor | None) -> bool:
+    """Whether a call on these will be differentiated, so that its forward pass must keep what backward needs."""
+    if _functorch_active():
+        return True
+    if not _grad_enabled():
+        return False
+    for tensor in tensors:  # noqa: SIM110 - a generator costs a microsecond
+        if tensor is not None and tensor.requires_grad:
+            return True
+    return False
 
 
 def _reject_forward_mode(name: str, args: tuple[Any, ...]) -> None:

@@ -11,14 +11,20 @@ namespace mmk::amx {
 namespace {
 
 bool processor_has_tiles() {
+#if MMK_EMULATE_AVX512
+  return true;  // in software
+#endif
   unsigned a = 0, b = 0, c = 0, d = 0;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-  constexpr unsigned amx_bf16 = 1u << 22, amx_tile = 1u << 24;
-  return (d & amx_bf16) && (d & amx_tile);
+  constexpr unsigned amx_bf16 = 1u << 22, amx_tile = 1u << 24, amx_int8 = 1u << 25;
+  return (d & amx_bf16) && (d & amx_tile) && (d & amx_int8);
 }
 
 // Linux grants tile state (XCR0 bit 18) per process, on request; older kernels refuse, and so does a hypervisor that hides it.
 bool kernel_grants_tiles() {
+#if MMK_EMULATE_AVX512
+  return true;
+#endif
   constexpr long arch_req_xcomp_perm = 0x1023, xfeature_xtiledata = 18;
   return syscall(SYS_arch_prctl, arch_req_xcomp_perm, xfeature_xtiledata) == 0;
 }

@@ -3,7 +3,7 @@
 
 namespace mmk::amx {
 
-// True where the processor has AMX bf16 tiles, the kernel granted them to this process, and one tile product came out
+// True where the processor has AMX tiles for bf16 and int8, the kernel granted them to this process, and one tile product came out
 // right. Asked once, when the tier is detected.
 bool usable();
 

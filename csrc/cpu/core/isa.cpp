@@ -20,7 +20,7 @@ Isa detect() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   if (!avx2) return Isa::generic;
 #if MMK_EMULATE_AVX512
-  return Isa::avx512;
+  return amx::usable() ? Isa::amx : Isa::avx512;
 #endif
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
@@ -42,6 +42,17 @@ const bool initialised = [] {
 Isa best_isa() {
   static const Isa best = detect();
   return best;
+}
+
+bool has_vnni() {
+#if MMK_EMULATE_AVX512
+  return true;
+#elif MMK_X86_TIERS
+  static const bool answer = __builtin_cpu_supports("avx512vnni");
+  return answer;
+#else
+  return false;
+#endif
 }
 
 }  // namespace mmk

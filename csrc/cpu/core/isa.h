@@ -12,6 +12,9 @@ const char* isa_name(Isa isa);
 // The highest tier that the processor and the operating system offer.
 Isa best_isa();
 
+// Whether AVX-512 comes with its integer multiply-adds (VNNI), which processors with AMX always have.
+bool has_vnni();
+
 extern std::atomic<int> isa_in_force;
 
 inline Isa active_isa() {

@@ -22,4 +22,7 @@ void parallel_for(std::int64_t items, std::int64_t item_elements, const F& f) {
   torch::stable::parallel_for(0, items, grain, f);
 }
 
+// How many threads a range may be cut for. What is computed must not depend on it.
+inline std::int64_t threads() { return static_cast<std::int64_t>(torch::stable::get_num_threads()); }
+
 }  // namespace mmk

@@ -1,0 +1,342 @@
+// Cuts a product into blocks, packs, and hands the blocks to threads. The bits do not depend on any cut made here: gemm.h
+// says why.
+#include "gemm_call.h"
+
+#include <algorithm>
+
+#include "parallel.h"
+#include "scratch.h"
+#include "tier.h"
+
+namespace mmk {
+
+namespace {
+
+// Panels of A that all threads read lie in the last-level cache together; one block of A, of B and of accumulators lie
+// in a core's own second-level cache.
+constexpr std::int64_t shared_a_bytes = std::int64_t{6} << 20;
+constexpr std::int64_t shared_b_bytes = std::int64_t{16} << 20;
+constexpr std::int64_t block_rows = 112, block_cols = 128;
+// Deeper products are done in pieces, which add to accumulators that are there for all of C.
+constexpr std::int64_t piece_depth = 8192;
+// Blocks that a thread gets at least, where columns are there to be cut: the last one finished is waited for.
+constexpr std::int64_t blocks_of_a_thread = 4;
+
+constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+// [0, count) panels cut into nearly equal runs of at most `most` panels.
+struct Cut {
+  std::int64_t panels, pieces;
+
+  Cut(std::int64_t count, std::int64_t most) : panels(count), pieces(std::max<std::int64_t>(1, ceil_div(count, most))) {}
+  std::int64_t begin(std::int64_t piece) const { return panels * piece / pieces; }
+};
+
+class Product {
+ public:
+  explicit Product(const GemmCall& call)
+      : call_(call),
+        how_(*call.arithmetic),
+        row_panels_(ceil_div(call.rows, how_.panel_rows)),
+        col_panels_(ceil_div(call.cols, how_.panel_cols)),
+        // Accumulators that are the result already, but for columns beside whole panels; gradients of weights are such.
+        writes_sums_(how_.rows_exact && bytes_of(call.number) == static_cast<std::size_t>(how_.accumulator_bytes) && !call.gated &&
+                     call.out_panels == nullptr && call.bias == nullptr && call.activation == Activation::none && call.residual == nullptr &&
+                     call.pre == nullptr),
+        row_scales_(how_.rescale == nullptr ? nullptr : scratch_of<float>(ScratchUse::gemm_scales, call.rows)) {}
+
+  void run() {
+    const bool whole = how_.rescale != nullptr || call_.depth <= piece_depth;
+    const std::int64_t pieces = whole ? 1 : ceil_div(call_.depth, piece_depth);
+    const std::int64_t step = whole ? call_.depth : ceil_div(ceil_div(call_.depth, pieces), how_.depth_block) * how_.depth_block;
+    if (!whole) {
+      all_stride_ = col_panels_ * how_.panel_cols;
+      all_ = scratch_of<char>(ScratchUse::gemm_accumulators,
+                              (call_.gated ? 2 : 1) * padded_rows() * all_stride_ * how_.accumulator_bytes);
+    }
+    std::int64_t begin = 0;
+    do {
+      depth_begin_ = begin;
+      depth_ = std::min(step, call_.depth - begin);
+      piece();
+      begin += step;
+    } while (begin < call_.depth);
+    if (!whole) scratch_done(ScratchUse::gemm_accumulators);
+  }
+
+ private:
+  std::int64_t padded_rows() const { return row_panels_ * how_.panel_rows; }
+
+  // One piece of the depth.
+  void piece() {
+    const bool packed = call_.up.panels != nullptr;
+    const std::int64_t at_once = std::max<std::int64_t>(1, rows_at_once(how_, depth_) / how_.panel_rows);
+    const Cut rows(row_panels_, at_once);
+    // B that only one group of rows reads is packed by the task that reads it; else once, for all groups.
+    const bool alone = rows.pieces == 1;
+    const std::int64_t b_bytes = how_.b_panel_bytes(depth_) * (call_.gated ? 2 : 1);
+    const Cut cols(col_panels_, packed || alone ? col_panels_ : std::max<std::int64_t>(1, shared_b_bytes / b_bytes));
+    for (std::int64_t j = 0; j < cols.pieces; ++j) {
+      const std::int64_t first = cols.begin(j), count = cols.begin(j + 1) - first;
+      if (packed) {
+        shared_ = {panels_of(call_.up), call_.gated ? panels_of(call_.gate) : nullptr, how_.b_panel_bytes(call_.depth), 0};
+      } else if (!alone) {
+        shared_ = pack_shared(first, count);
+      }
+      for (std::int64_t i = 0; i < rows.pieces; ++i) {
+        const std::int64_t first_row = rows.begin(i), row_count = rows.begin(i + 1) - first_row;
+        pack_rows(first_row, row_count);
+        blocks(first_row, row_count, first, count, !packed && alone);
+      }
+    }
+  }
+
+  // Where the panels of B are, from `first_panel` on.
+  struct Panels {
+    const char* up;
+    const char* gate;
+    std::int64_t bytes, first_panel;
+  };
+
+  const char* panels_of(const GemmWeights& weights) const {
+    return static_cast<const char*>(weights.panels) + depth_begin_ * how_.panel_cols * how_.b_bytes;
+  }
+
+  void pack_cols(const GemmWeights& weights, std::int64_t first, std::int64_t count, char* to) const {
+    const GemmOperand& source = weights.operand;
+    const std::int64_t col = first * how_.panel_cols;
+    const std::int64_t offset = col * source.stride + depth_begin_ * source.depth_stride;
+    const GemmOperand part{static_cast<const char*>(source.data) + offset * static_cast<std::int64_t>(bytes_of(source.number)),
+                           source.number, source.stride, source.depth_stride};
+    how_.pack_b[static_cast<int>(source.number)](
+        {part, std::min(count * how_.panel_cols, call_.cols - col), depth_, to, how_.b_panel_bytes(depth_), nullptr, false});
+  }
+
+  Panels pack_shared(std::int64_t first, std::int64_t count) const {
+    const std::int64_t bytes = how_.b_panel_bytes(depth_);
+    char* up = scratch_of<char>(ScratchUse::gemm_b, count * bytes * (call_.gated ? 2 : 1));
+    char* gate = call_.gated ? up + count * bytes : nullptr;
+    parallel_for(count, depth_ * how_.panel_cols, [&](std::int64_t begin, std::int64_t end) {
+      pack_cols(call_.up, first + begin, end - begin, up + begin * bytes);
+      if (gate != nullptr) pack_cols(call_.gate, first + begin, end - begin, gate + begin * bytes);
+    });
+    return {up, gate, bytes, first};
+  }
+
+  void pack_rows(std::int64_t first, std::int64_t count) {
+    if (call_.a_panels != nullptr) {
+      a_bytes_ = how_.a_panel_bytes(call_.depth);
+      a_ = static_cast<const char*>(call_.a_panels) + first * a_bytes_ + depth_begin_ * how_.panel_rows * how_.a_bytes;
+      return;
+    }
+    const GemmOperand& source = call_.a;
+    const std::int64_t bytes = how_.a_panel_bytes(depth_);
+    char* panels = scratch_of<char>(ScratchUse::gemm_a, count * bytes);
+    a_ = panels;
+    a_bytes_ = bytes;
+    parallel_for(count, depth_ * how_.panel_rows, [&](std::int64_t begin, std::int64_t end) {
+      const std::int64_t row = (first + begin) * how_.panel_rows;
+      const std::int64_t offset = row * source.stride + depth_begin_ * source.depth_stride;
+      const GemmOperand part{static_cast<const char*>(source.data) + offset * static_cast<std::int64_t>(bytes_of(source.number)),
+                             source.number, source.stride, source.depth_stride};
+      how_.pack_a[static_cast<int>(source.number)]({part, std::min((end - begin) * how_.panel_rows, call_.rows - row), depth_,
+                                                    panels + begin * bytes, bytes,
+                                                    row_scales_ == nullptr ? nullptr : row_scales_ + row, false});
+    });
+  }
+
+  // Blocks of rows [first_row, ...) x columns [first_col, ...), counted in panels, to threads: runs of blocks that share
+  // their columns, so that a thread reads its part of B from memory once.
+  void blocks(std::int64_t first_row, std::int64_t row_count, std::int64_t first_col, std::int64_t col_count, bool pack) {
+    const Cut rows(row_count, std::max<std::int64_t>(1, block_rows / how_.panel_rows));
+    const std::int64_t wanted = ceil_div(blocks_of_a_thread * threads(), pack ? 1 : rows.pieces);
+    const std::int64_t most = std::max<std::int64_t>(1, std::min(block_cols / how_.panel_cols, col_count / wanted));
+    const Cut cols(col_count, most);
+    const std::int64_t runs = pack ? 1 : rows.pieces;  // a task that packs its columns does all rows
+    const std::int64_t work = ceil_div(row_count, runs) * how_.panel_rows * most * how_.panel_cols * depth_ / 16;
+    parallel_for(cols.pieces * runs, work, [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t task = begin; task < end; ++task) {
+        const std::int64_t j = task / runs;
+        const std::int64_t col = first_col + cols.begin(j), width = cols.begin(j + 1) - cols.begin(j);
+        Panels b = shared_;
+        if (pack) {
+          const std::int64_t bytes = how_.b_panel_bytes(depth_);
+          char* up = scratch_of<char>(ScratchUse::gemm_b, width * bytes * (call_.gated ? 2 : 1));
+          char* gate = call_.gated ? up + width * bytes : nullptr;
+          pack_cols(call_.up, col, width, up);
+          if (gate != nullptr) pack_cols(call_.gate, col, width, gate);
+          b = {up, gate, bytes, col};
+        }
+        const std::int64_t from = pack ? 0 : task % runs, to = pack ? rows.pieces : from + 1;
+        for (std::int64_t i = from; i < to; ++i) {
+          const std::int64_t row = first_row + rows.begin(i), height = rows.begin(i + 1) - rows.begin(i);
+          block(row, height, first_row, col, width, b);
+        }
+      }
+    });
+  }
+
+  // `height` x `width` panels of C.
+  void block(std::int64_t row_panel, std::int64_t height, std::int64_t first_row_panel, std::int64_t col_panel,
+             std::int64_t width, const Panels& b) const {
+    const std::int64_t row = row_panel * how_.panel_rows, col = col_panel * how_.panel_cols;
+    const std::int64_t rows = std::min(height * how_.panel_rows, call_.rows - row);
+    const std::int64_t cols = std::min(width * how_.panel_cols, call_.cols - col);
+    char* up;
+    char* gate;
+    std::int64_t stride;
+    if (all_ == nullptr && writes_sums_ && cols == width * how_.panel_cols) {
+      const std::int64_t size = how_.accumulator_bytes;
+      multiply(a_ + (row_panel - first_row_panel) * a_bytes_, b.up + (col_panel - b.first_panel) * b.bytes, b.bytes, rows, cols,
+               static_cast<char*>(call_.out) + (row * call_.out_stride + col) * size, call_.out_stride);
+      return;
+    }
+    if (all_ != nullptr) {
+      stride = all_stride_;
+      up = all_ + (row * stride + col) * how_.accumulator_bytes;
+      gate = call_.gated ? up + padded_rows() * stride * how_.accumulator_bytes : nullptr;
+    } else {
+      stride = width * how_.panel_cols;
+      up = scratch_of<char>(ScratchUse::gemm_block, height * how_.panel_rows * stride * how_.accumulator_bytes * (call_.gated ? 2 : 1));
+      gate = call_.gated ? up + height * how_.panel_rows * stride * how_.accumulator_bytes : nullptr;
+    }
+    const char* a = a_ + (row_panel - first_row_panel) * a_bytes_;
+    const std::int64_t b_offset = (col_panel - b.first_panel) * b.bytes;
+    multiply(a, b.up + b_offset, b.bytes, rows, width * how_.panel_cols, up, stride);
+    if (gate != nullptr) multiply(a, b.gate + b_offset, b.bytes, rows, width * how_.panel_cols, gate, stride);
+    if (depth_begin_ + depth_ < call_.depth) return;
+    if (how_.rescale != nullptr) {
+      how_.rescale(up, stride, rows, cols, row_scales_ + row, call_.up.scales + col);
+      if (gate != nullptr) how_.rescale(gate, stride, rows, cols, row_scales_ + row, call_.gate.scales + col);
+    }
+    finish(up, gate, stride, row, rows, col, cols);
+  }
+
+  void multiply(const char* a, const char* b, std::int64_t b_bytes, std::int64_t rows, std::int64_t cols, char* c,
+                std::int64_t stride) const {
+    std::int64_t k = 0;
+    do {  // once at least: a product of no depth is zero
+      const std::int64_t depth = std::min(how_.depth_block, depth_ - k);
+      how_.multiply({a + k * how_.panel_rows * how_.a_bytes, a_bytes_, b + k * how_.panel_cols * how_.b_bytes, b_bytes, rows,
+                     cols, depth, c, stride, depth_begin_ + k > 0});
+      k += depth;
+    } while (k < depth_);
+  }
+
+  void finish(char* up, char* gate, std::int64_t stride, std::int64_t row, std::int64_t rows, std::int64_t col,
+              std::int64_t cols) const {
+    const auto size = static_cast<std::int64_t>(bytes_of(call_.number));
+    const auto at = [&](auto* base, std::int64_t base_stride) {
+      using Byte = std::conditional_t<std::is_const_v<std::remove_pointer_t<decltype(base)>>, const char, char>;
+      return base == nullptr ? nullptr : static_cast<Byte*>(base) + (row * base_stride + col) * size;
+    };
+    const auto bias = [&](const void* base) {
+      return base == nullptr ? nullptr : static_cast<const char*>(base) + col * how_.accumulator_bytes;
+    };
+    call_.kernels->epilogue[static_cast<int>(call_.number)](
+        {up, gate, stride, rows, cols, bias(call_.bias), bias(call_.bias_gate), call_.activation,
+         at(call_.residual, call_.residual_stride), call_.residual_stride, at(call_.out, call_.out_stride), call_.out_stride,
+         at(call_.pre, call_.cols), at(call_.pre_gate, call_.cols), call_.cols});
+    if (call_.out_panels == nullptr) return;
+    // The next product's A: what the epilogue left in the accumulators, at these rows and, as its depth, these columns.
+    const GemmArithmetic& next = *call_.out_arithmetic;
+    const std::int64_t bytes = next.a_panel_bytes(call_.cols);
+    const int number = how_.accumulator_bytes == 8 ? static_cast<int>(Number::float64) : static_cast<int>(Number::float32);
+    char* to = static_cast<char*>(call_.out_panels) + row / next.panel_rows * bytes + col * next.panel_rows * next.a_bytes;
+    next.pack_a[number]({{up, static_cast<Number>(number), stride, 1}, rows, cols, to, bytes, nullptr, true});
+  }
+
+  const GemmCall& call_;
+  const GemmArithmetic& how_;
+  const std::int64_t row_panels_, col_panels_;
+  const bool writes_sums_;
+  float* const row_scales_;
+  char* all_ = nullptr;  // accumulators of all of C, where the depth is done in pieces
+  std::int64_t all_stride_ = 0;
+  std::int64_t depth_begin_ = 0, depth_ = 0;
+  const char* a_ = nullptr;
+  std::int64_t a_bytes_ = 0;
+  Panels shared_{};
+};
+
+}  // namespace
+
+std::int64_t rows_at_once(const GemmArithmetic& arithmetic, std::int64_t depth) {
+  const std::int64_t panels = std::max<std::int64_t>(1, shared_a_bytes / arithmetic.a_panel_bytes(depth));
+  return std::max<std::int64_t>(panels * arithmetic.panel_rows, block_rows / arithmetic.panel_rows * arithmetic.panel_rows);
+}
+
+bool feeds(const GemmArithmetic& first, const GemmArithmetic& second) {
+  const bool doubles = first.accumulator_bytes == 8;
+  return second.rescale == nullptr && first.panel_rows == second.panel_rows && first.panel_cols % second.depth_step == 0 &&
+         second.depth_step == 1 && second.pack_a[static_cast<int>(doubles ? Number::float64 : Number::float32)] != nullptr;
+}
+
+std::int64_t packed_bytes(const GemmArithmetic& arithmetic, std::int64_t cols, std::int64_t depth) {
+  return ceil_div(cols, arithmetic.panel_cols) * arithmetic.b_panel_bytes(depth);
+}
+
+void pack_weights(const GemmArithmetic& arithmetic, const GemmOperand& operand, std::int64_t cols, std::int64_t depth,
+                  void* panels, float* scales) {
+  const std::int64_t bytes = arithmetic.b_panel_bytes(depth);
+  const auto size = static_cast<std::int64_t>(bytes_of(operand.number));
+  parallel_for(ceil_div(cols, arithmetic.panel_cols), depth * arithmetic.panel_cols, [&](std::int64_t begin, std::int64_t end) {
+    const std::int64_t col = begin * arithmetic.panel_cols;
+    const GemmOperand part{static_cast<const char*>(operand.data) + col * operand.stride * size, operand.number, operand.stride,
+                           operand.depth_stride};
+    arithmetic.pack_b[static_cast<int>(operand.number)]({part, std::min(end * arithmetic.panel_cols, cols) - col, depth,
+                                                         static_cast<char*>(panels) + begin * bytes, bytes,
+                                                         scales == nullptr ? nullptr : scales + col, false});
+  });
+}
+
+namespace {
+
+GemmChoice chosen(Isa isa, const GemmKernels* kernels, const GemmArithmetic& arithmetic) {
+  return {kernels, &arithmetic, isa, kernel_name(isa)};
+}
+
+}  // namespace
+
+GemmChoice choose_gemm(Number number) {
+  if (number == Number::float64) {  // double has kernels in the generic tier alone
+    const GemmKernels* kernels = gemm_kernels_tiers.tables[0];
+    return chosen(Isa::generic, kernels, kernels->doubles);
+  }
+  const auto [kernels, isa] = gemm_kernels_tiers.choose();
+#if MMK_X86_TIERS
+  if (active_isa() == Isa::amx) {
+    if (number == Number::bfloat16) return chosen(Isa::amx, kernels, amx::gemm_tiles.bfloat16);
+    if (number == Number::int8) return chosen(Isa::amx, kernels, amx::gemm_tiles.int8);
+  }
+  if (isa == Isa::avx512 && number == Number::int8 && has_vnni()) {
+    static const GemmArithmetic with_vnni = [](GemmArithmetic arithmetic) {
+      arithmetic.multiply = vnni::multiply_int8;
+      return arithmetic;
+    }(kernels->int8_weights);
+    return chosen(isa, kernels, with_vnni);
+  }
+#endif
+  switch (number) {
+    case Number::bfloat16:
+      return chosen(isa, kernels, kernels->bfloat16_weights);
+    case Number::float16:
+      return chosen(isa, kernels, kernels->float16_weights);
+    case Number::int8:
+      return chosen(isa, kernels, kernels->int8_weights);
+    default:
+      return chosen(isa, kernels, kernels->floats);
+  }
+}
+
+GemmChoice choose_gemm_unpacked(Number number) {
+  const bool tiles = number == Number::bfloat16 && active_isa() == Isa::amx;
+  const bool half = number == Number::bfloat16 || number == Number::float16;
+  return choose_gemm(half && !tiles ? Number::float32 : number);
+}
+
+void gemm(const GemmCall& call) {
+  if (call.rows > 0 && call.cols > 0) Product(call).run();
+}
+
+}  // namespace mmk
