@@ -1,5 +1,21 @@
 """Modules made of ops, each with the kernels on or off."""
 
+from mmkernels.nn.activator import ActivatorBlock
+from mmkernels.nn.linear import Linear
+from mmkernels.nn.mlp import GluMlp, Mlp
+from mmkernels.nn.norm import LayerNorm, RMSNorm
+from mmkernels.nn.packed import repack
 from mmkernels.nn.token_roll import TokenRoll, TokenRollLayerNorm, visual_ranges
 
-__all__ = ["TokenRoll", "TokenRollLayerNorm", "visual_ranges"]
+__all__ = [
+    "ActivatorBlock",
+    "GluMlp",
+    "LayerNorm",
+    "Linear",
+    "Mlp",
+    "RMSNorm",
+    "TokenRoll",
+    "TokenRollLayerNorm",
+    "repack",
+    "visual_ranges",
+]

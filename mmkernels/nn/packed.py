@@ -1,0 +1,127 @@
+"""Who keeps the packed weight of a layer, and when it is made.
+
+A layer is packed in eval mode, on the CPU, as long as its weight and bias are plain parameters:
+
+- by every event that ends in eval mode with possibly other weights: ``eval()`` itself, and in eval mode ``load_state_dict``,
+  ``.to()`` and its like, copying and unpickling, and :func:`repack`. So ``torch.compile`` finds the packs right after any;
+- by an eager call that finds no pack, or an old one.
+
+A pack serves the very parameters that it was made of, and only while their memory, dtype, layout and version counter are
+what they were then; a compiled graph looks at the memory and the version while it runs. Whatever else stands in the place
+of the parameters (``functional_call``, a parametrization, a tensor subclass, another device) is used unpacked. ``train()``
+drops the pack, and so does a call that wants a gradient of the weight: what follows may be the step of a fused optimizer,
+whose writes torch does not count. (Not in int8, where the call would then give other numbers than the next one.)
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import assume_constant_result, is_compiling, is_exporting
+
+from mmkernels.ops.packed_linear import PackedLinear, pack_linear
+
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
+
+
+class WeightPack:
+    """The pack of one weight and its bias, or none. Copies and pickles of it are empty.
+
+    Args:
+        dtype: None packs in the weight's own dtype; torch.int8 quantises.
+    """
+
+    def __init__(self, dtype: torch.dtype | None = None) -> None:
+        if dtype not in (None, torch.int8):
+            raise ValueError(f"packed_dtype: expected None (the dtype of the weight) or torch.int8, got {dtype!r}")
+        self.dtype = dtype
+        self._packed: PackedLinear | None = None
+        self._seen: tuple[int, int] | None = None
+
+    def of(self, weight: Tensor, bias: Tensor | None) -> PackedLinear | None:
+        """The pack for a call with these, made now if need be; None where the call should use them as they are."""
+        if is_compiling() and _exporting():  # an exported program holds no layout of this processor
+            return None
+        if self.dtype is None and weight.requires_grad and torch.is_grad_enabled():
+            # It is about to change, and torch counts no writes of a fused optimizer. (A graph that asked whose pack this is
+            # would have to be compiled again once it has gone.)
+            if is_compiling() or (self._packed is not None and self._packed.weight is weight):
+                self.drop()
+            return None
+        packed = self._packed
+        known = packed is not None and packed.weight is weight and packed.bias is bias
+        if is_compiling():  # the graph takes the pack as an input, and looks at its version while it runs
+            return packed if known else None
+        if packed is not None and known and packed.is_current():
+            return packed
+        if not _packable(weight, bias):
+            return None
+        # Others than those packed may be here for this call alone (functional_call): they are packed the second time.
+        pair = (id(weight), id(bias))
+        if packed is not None and not known and self.dtype is None and self._seen != pair:
+            self._seen = pair
+            return None
+        return self._pack(weight, bias)
+
+    def prepare(self, weight: Tensor | None, bias: Tensor | None) -> None:
+        """Packs these ahead of calls, unless that is done; drops the pack of whatever cannot be packed."""
+        packed = self._packed
+        if is_compiling() or (
+            packed is not None and packed.weight is weight and packed.bias is bias and packed.is_current()
+        ):
+            return
+        self.drop()
+        if weight is not None and _packable(weight, bias):
+            self._pack(weight, bias)
+
+    def drop(self) -> None:
+        self._packed = self._seen = None
+
+    def _pack(self, weight: Tensor, bias: Tensor | None) -> PackedLinear | None:
+        self.drop()
+        with suppress(TypeError, ValueError):  # what is wrong with them, the op says better when it is called
+            self._packed = pack_linear(weight, bias, dtype=self.dtype)
+        return self._packed
+
+    def __reduce__(self) -> tuple[type[WeightPack], tuple[torch.dtype | None]]:
+        return WeightPack, (self.dtype,)
+
+
+@assume_constant_result  # type: ignore[untyped-decorator]
+def _exporting() -> bool:
+    """Asked while torch traces: before torch 2.11 its compiler takes is_exporting() for true in whatever it compiles."""
+    return is_exporting()
+
+
+def _packable(weight: Tensor, bias: Tensor | None) -> bool:
+    return (
+        type(weight) is nn.Parameter
+        and (bias is None or type(bias) is nn.Parameter)
+        and weight.device.type == "cpu"
+        and not weight.is_inference()  # its writes are not counted
+        and 1 in weight.stride()  # others would be copied, and the copy not followed
+        and (weight.data_ptr() != 0 or weight.numel() == 0)  # FSDP frees the memory of weights between calls
+    )
+
+
+def repack(model: AnyModule) -> AnyModule:
+    """Packs the weights of every layer of `model` anew, as they are now; layers in training mode have no pack.
+
+    Needed after writes in eval mode that torch does not count: into ``weight.data`` (as where adapters are merged) or a
+    NumPy view, or by foreign code (a collective, in int8 a fused optimizer) into the memory itself. Others are noticed.
+
+    Args:
+        model: any module with :class:`Linear` layers in it.
+
+    Returns:
+        The model.
+    """
+    for module in model.modules():
+        pack = module.__dict__.get("_pack")
+        if isinstance(pack, WeightPack):
+            pack.drop()
+            module.prepare_pack()
+    return model

@@ -1,0 +1,18 @@
+"""Which classes of tensors the ops take; modules run plain torch on the others."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+
+# Other subclasses (DTensor, quantised weights) bring operators of their own.
+_TENSORS = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
+
+
+def op_takes(*tensors: Tensor | None) -> bool:
+    """Whether none of these is of a tensor class that the ops do not know."""
+    for tensor in tensors:  # noqa: SIM110 - a generator costs a microsecond
+        if tensor is not None and type(tensor) not in _TENSORS:
+            return False
+    return True
