@@ -16,11 +16,13 @@ Reason = Callable[[Arguments], str | None]
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to run an op. `reason(arguments)` says why a call cannot use it, or None where it can."""
+    """One way to run an op. `reason(arguments)` says why a call cannot use it, or None where it can; `note` why it is the
+    choice where one would expect another."""
 
     name: str
     reason: Callable[[Arguments], str | None]
     kernel: Callable[[Arguments], str]
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -30,9 +32,10 @@ class Explanation:
     op: str
     kernel: str
     reasons: Mapping[str, str | None]  # backend -> why not; None for the chosen one and for those after it
+    note: str = ""
 
     def __str__(self) -> str:
-        lines = [f"mk.{self.op} would run {self.kernel}"]
+        lines = [f"mk.{self.op} would run {self.kernel}" + (f": {self.note}" if self.note else "")]
         lines += [f"  not {backend}: {reason}" for backend, reason in self.reasons.items() if reason is not None]
         return "\n".join(lines)
 
@@ -43,7 +46,7 @@ def choose(op: str, backends: tuple[Backend, ...], arguments: Arguments) -> Expl
     for backend in backends:
         reasons[backend.name] = backend.reason(arguments)
         if reasons[backend.name] is None:
-            return Explanation(op, backend.kernel(arguments), reasons)
+            return Explanation(op, backend.kernel(arguments), reasons, backend.note)
     raise RuntimeError(f"mk.{op}: no backend takes this call: {reasons}")
 
 
@@ -112,9 +115,9 @@ def torch_cuda(why: str, *, primary: str = "x") -> Backend:
 
     def reason(arguments: Arguments) -> str | None:
         device = _device(arguments, primary)
-        return None if device == "cuda" else f"{primary} is on {device}; on cuda {why}"
+        return None if device == "cuda" else f"{primary} is on {device}"
 
-    return Backend("torch", reason, lambda arguments: "torch")
+    return Backend("torch", reason, lambda arguments: "torch", why)
 
 
 REFERENCE = Backend("reference", lambda arguments: None, lambda arguments: "reference")

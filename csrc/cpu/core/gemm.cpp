@@ -19,6 +19,8 @@ constexpr std::int64_t shared_b_bytes = std::int64_t{16} << 20;
 constexpr std::int64_t block_rows = 112, block_cols = 128;
 // Deeper products are done in pieces, which add to accumulators that are there for all of C.
 constexpr std::int64_t piece_depth = 8192;
+// With so many blocks of rows for every thread, each keeps to its own.
+constexpr std::int64_t owned_blocks = 3;
 // Blocks that a thread gets at least, where columns are there to be cut: the last one finished is waited for.
 constexpr std::int64_t blocks_of_a_thread = 4;
 
@@ -83,10 +85,17 @@ class Product {
       } else if (!alone) {
         shared_ = pack_shared(first, count);
       }
+      if ((packed || !alone) && row_panels_ * how_.panel_rows >= owned_blocks * block_rows * threads()) {
+        blocks_of_own_rows(first, count);
+        continue;
+      }
       for (std::int64_t i = 0; i < rows.pieces; ++i) {
         const std::int64_t first_row = rows.begin(i), row_count = rows.begin(i + 1) - first_row;
-        pack_rows(first_row, row_count);
-        blocks(first_row, row_count, first, count, !packed && alone);
+        const Rows a = rows_from(first_row, row_count);
+        parallel_for(row_count, depth_ * how_.panel_rows, [&](std::int64_t begin, std::int64_t end) {
+          pack_rows(a, first_row + begin, first_row + end);
+        });
+        blocks(a, row_count, first, count, !packed && alone);
       }
     }
   }
@@ -123,31 +132,56 @@ class Product {
     return {up, gate, bytes, first};
   }
 
-  void pack_rows(std::int64_t first, std::int64_t count) {
+  // Where the panels of A are, from `first_panel` on.
+  struct Rows {
+    const char* panels;
+    std::int64_t bytes, first_panel;
+  };
+
+  // In panels from the start, or in room of the calling thread's that pack_rows fills.
+  Rows rows_from(std::int64_t first, std::int64_t count) const {
     if (call_.a_panels != nullptr) {
-      a_bytes_ = how_.a_panel_bytes(call_.depth);
-      a_ = static_cast<const char*>(call_.a_panels) + first * a_bytes_ + depth_begin_ * how_.panel_rows * how_.a_bytes;
-      return;
+      const std::int64_t bytes = how_.a_panel_bytes(call_.depth), offset = depth_begin_ * how_.panel_rows * how_.a_bytes;
+      return {static_cast<const char*>(call_.a_panels) + first * bytes + offset, bytes, first};
     }
-    const GemmOperand& source = call_.a;
     const std::int64_t bytes = how_.a_panel_bytes(depth_);
-    char* panels = scratch_of<char>(ScratchUse::gemm_a, count * bytes);
-    a_ = panels;
-    a_bytes_ = bytes;
-    parallel_for(count, depth_ * how_.panel_rows, [&](std::int64_t begin, std::int64_t end) {
-      const std::int64_t row = (first + begin) * how_.panel_rows;
-      const std::int64_t offset = row * source.stride + depth_begin_ * source.depth_stride;
-      const GemmOperand part{static_cast<const char*>(source.data) + offset * static_cast<std::int64_t>(bytes_of(source.number)),
-                             source.number, source.stride, source.depth_stride};
-      how_.pack_a[static_cast<int>(source.number)]({part, std::min((end - begin) * how_.panel_rows, call_.rows - row), depth_,
-                                                    panels + begin * bytes, bytes,
-                                                    row_scales_ == nullptr ? nullptr : row_scales_ + row, false});
+    return {scratch_of<char>(ScratchUse::gemm_a, count * bytes), bytes, first};
+  }
+
+  // Packs panels [begin, end) of those that `rows` has room for.
+  void pack_rows(const Rows& rows, std::int64_t begin, std::int64_t end) const {
+    if (call_.a_panels != nullptr) return;
+    const GemmOperand& source = call_.a;
+    const std::int64_t row = begin * how_.panel_rows;
+    const std::int64_t offset = row * source.stride + depth_begin_ * source.depth_stride;
+    const GemmOperand part{static_cast<const char*>(source.data) + offset * static_cast<std::int64_t>(bytes_of(source.number)),
+                           source.number, source.stride, source.depth_stride};
+    char* to = const_cast<char*>(rows.panels) + (begin - rows.first_panel) * rows.bytes;
+    how_.pack_a[static_cast<int>(source.number)]({part, std::min((end - begin) * how_.panel_rows, call_.rows - row), depth_, to,
+                                                  rows.bytes, row_scales_ == nullptr ? nullptr : row_scales_ + row, false});
+  }
+
+  // Many rows: a task packs a block of them for itself and goes through all columns with it, so that no thread waits for
+  // another before the end. The blocks are as many for each thread.
+  void blocks_of_own_rows(std::int64_t first_col, std::int64_t col_count) {
+    const std::int64_t most = block_rows / how_.panel_rows;
+    const std::int64_t pieces = ceil_div(ceil_div(row_panels_, most), threads()) * threads();
+    const Cut rows(row_panels_, ceil_div(row_panels_, pieces));
+    const Cut cols(col_count, std::max<std::int64_t>(1, block_cols / how_.panel_cols));
+    parallel_for(rows.pieces, block_rows * col_count * how_.panel_cols * depth_ / 16, [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t i = begin; i < end; ++i) {
+        const std::int64_t row = rows.begin(i), height = rows.begin(i + 1) - row;
+        const Rows a = rows_from(row, height);
+        pack_rows(a, row, row + height);
+        for (std::int64_t j = 0; j < cols.pieces; ++j)
+          block(a, row, height, first_col + cols.begin(j), cols.begin(j + 1) - cols.begin(j), shared_);
+      }
     });
   }
 
   // Blocks of rows [first_row, ...) x columns [first_col, ...), counted in panels, to threads: runs of blocks that share
   // their columns, so that a thread reads its part of B from memory once.
-  void blocks(std::int64_t first_row, std::int64_t row_count, std::int64_t first_col, std::int64_t col_count, bool pack) {
+  void blocks(const Rows& a, std::int64_t row_count, std::int64_t first_col, std::int64_t col_count, bool pack) {
     const Cut rows(row_count, std::max<std::int64_t>(1, block_rows / how_.panel_rows));
     const std::int64_t wanted = ceil_div(blocks_of_a_thread * threads(), pack ? 1 : rows.pieces);
     const std::int64_t most = std::max<std::int64_t>(1, std::min(block_cols / how_.panel_cols, col_count / wanted));
@@ -169,26 +203,26 @@ class Product {
         }
         const std::int64_t from = pack ? 0 : task % runs, to = pack ? rows.pieces : from + 1;
         for (std::int64_t i = from; i < to; ++i) {
-          const std::int64_t row = first_row + rows.begin(i), height = rows.begin(i + 1) - rows.begin(i);
-          block(row, height, first_row, col, width, b);
+          const std::int64_t row = a.first_panel + rows.begin(i), height = rows.begin(i + 1) - rows.begin(i);
+          block(a, row, height, col, width, b);
         }
       }
     });
   }
 
   // `height` x `width` panels of C.
-  void block(std::int64_t row_panel, std::int64_t height, std::int64_t first_row_panel, std::int64_t col_panel,
-             std::int64_t width, const Panels& b) const {
+  void block(const Rows& rows_of_a, std::int64_t row_panel, std::int64_t height, std::int64_t col_panel, std::int64_t width,
+             const Panels& b) const {
     const std::int64_t row = row_panel * how_.panel_rows, col = col_panel * how_.panel_cols;
     const std::int64_t rows = std::min(height * how_.panel_rows, call_.rows - row);
     const std::int64_t cols = std::min(width * how_.panel_cols, call_.cols - col);
     char* up;
     char* gate;
     std::int64_t stride;
+    const char* a = rows_of_a.panels + (row_panel - rows_of_a.first_panel) * rows_of_a.bytes;
     if (all_ == nullptr && writes_sums_ && cols == width * how_.panel_cols) {
       const std::int64_t size = how_.accumulator_bytes;
-      multiply(a_ + (row_panel - first_row_panel) * a_bytes_, b.up + (col_panel - b.first_panel) * b.bytes, b.bytes, rows, cols,
-               static_cast<char*>(call_.out) + (row * call_.out_stride + col) * size, call_.out_stride);
+      multiply(a, rows_of_a.bytes, b.up + (col_panel - b.first_panel) * b.bytes, b.bytes, rows, cols, static_cast<char*>(call_.out) + (row * call_.out_stride + col) * size, call_.out_stride);
       return;
     }
     if (all_ != nullptr) {
@@ -200,10 +234,9 @@ class Product {
       up = scratch_of<char>(ScratchUse::gemm_block, height * how_.panel_rows * stride * how_.accumulator_bytes * (call_.gated ? 2 : 1));
       gate = call_.gated ? up + height * how_.panel_rows * stride * how_.accumulator_bytes : nullptr;
     }
-    const char* a = a_ + (row_panel - first_row_panel) * a_bytes_;
     const std::int64_t b_offset = (col_panel - b.first_panel) * b.bytes;
-    multiply(a, b.up + b_offset, b.bytes, rows, width * how_.panel_cols, up, stride);
-    if (gate != nullptr) multiply(a, b.gate + b_offset, b.bytes, rows, width * how_.panel_cols, gate, stride);
+    multiply(a, rows_of_a.bytes, b.up + b_offset, b.bytes, rows, width * how_.panel_cols, up, stride);
+    if (gate != nullptr) multiply(a, rows_of_a.bytes, b.gate + b_offset, b.bytes, rows, width * how_.panel_cols, gate, stride);
     if (depth_begin_ + depth_ < call_.depth) return;
     if (how_.rescale != nullptr) {
       how_.rescale(up, stride, rows, cols, row_scales_ + row, call_.up.scales + col);
@@ -212,12 +245,12 @@ class Product {
     finish(up, gate, stride, row, rows, col, cols);
   }
 
-  void multiply(const char* a, const char* b, std::int64_t b_bytes, std::int64_t rows, std::int64_t cols, char* c,
+  void multiply(const char* a, std::int64_t a_bytes, const char* b, std::int64_t b_bytes, std::int64_t rows, std::int64_t cols, char* c,
                 std::int64_t stride) const {
     std::int64_t k = 0;
     do {  // once at least: a product of no depth is zero
       const std::int64_t depth = std::min(how_.depth_block, depth_ - k);
-      how_.multiply({a + k * how_.panel_rows * how_.a_bytes, a_bytes_, b + k * how_.panel_cols * how_.b_bytes, b_bytes, rows,
+      how_.multiply({a + k * how_.panel_rows * how_.a_bytes, a_bytes, b + k * how_.panel_cols * how_.b_bytes, b_bytes, rows,
                      cols, depth, c, stride, depth_begin_ + k > 0});
       k += depth;
     } while (k < depth_);
@@ -254,8 +287,6 @@ class Product {
   char* all_ = nullptr;  // accumulators of all of C, where the depth is done in pieces
   std::int64_t all_stride_ = 0;
   std::int64_t depth_begin_ = 0, depth_ = 0;
-  const char* a_ = nullptr;
-  std::int64_t a_bytes_ = 0;
   Panels shared_{};
 };
 
