@@ -45,6 +45,13 @@ inline simde__m512 shuffle_f32x4(simde__m512 a, simde__m512 b, int parts) {
   return simde__m512_from_private(result);
 }
 
+inline simde__m512i cvtps_epi32(simde__m512 value) {
+  const simde__m512_private lanes = simde__m512_to_private(value);
+  simde__m512i_private result;
+  for (int i = 0; i < 2; ++i) result.m256i[i] = _mm256_cvtps_epi32(lanes.m256[i]);
+  return simde__m512i_from_private(result);
+}
+
 inline simde__m512 cvtepi32_ps(simde__m512i value) {
   const simde__m512i_private lanes = simde__m512i_to_private(value);
   simde__m512_private result;
@@ -54,6 +61,7 @@ inline simde__m512 cvtepi32_ps(simde__m512i value) {
 
 }  // namespace mmk_emulated
 
+#undef _mm512_cvtps_epi32
 #undef _mm512_cvtps_ph
 #undef _mm512_madd_epi16
 #undef _mm512_shuffle_f32x4
@@ -61,6 +69,7 @@ inline simde__m512 cvtepi32_ps(simde__m512i value) {
 #undef _mm512_extractf32x8_ps
 #define _mm512_madd_epi16(a, b) simde_mm512_madd_epi16(a, b)
 #define _mm512_shuffle_f32x4 mmk_emulated::shuffle_f32x4
+#define _mm512_cvtps_epi32 mmk_emulated::cvtps_epi32
 #define _mm512_cvtepi32_ps mmk_emulated::cvtepi32_ps
 #define _mm512_cvtepu16_epi32 mmk_emulated::cvtepu16_epi32
 #define _mm512_cvtepi32_epi16 mmk_emulated::cvtepi32_epi16

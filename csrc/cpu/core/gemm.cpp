@@ -43,8 +43,8 @@ class Product {
         col_panels_(ceil_div(call.cols, how_.panel_cols)),
         // Accumulators that are the result already, but for columns beside whole panels; gradients of weights are such.
         writes_sums_(how_.rows_exact && bytes_of(call.number) == static_cast<std::size_t>(how_.accumulator_bytes) && !call.gated &&
-                     call.out_panels == nullptr && call.bias == nullptr && call.activation == Activation::none && call.residual == nullptr &&
-                     call.pre == nullptr),
+                     call.out_panels == nullptr && call.bias == nullptr && call.activation == Activation::none &&
+                     call.residual == nullptr && call.pre == nullptr),
         row_scales_(how_.rescale == nullptr ? nullptr : scratch_of<float>(ScratchUse::gemm_scales, call.rows)) {}
 
   void run() {
@@ -220,9 +220,11 @@ class Product {
     char* gate;
     std::int64_t stride;
     const char* a = rows_of_a.panels + (row_panel - rows_of_a.first_panel) * rows_of_a.bytes;
+    const std::int64_t b_offset = (col_panel - b.first_panel) * b.bytes;
     if (all_ == nullptr && writes_sums_ && cols == width * how_.panel_cols) {
       const std::int64_t size = how_.accumulator_bytes;
-      multiply(a, rows_of_a.bytes, b.up + (col_panel - b.first_panel) * b.bytes, b.bytes, rows, cols, static_cast<char*>(call_.out) + (row * call_.out_stride + col) * size, call_.out_stride);
+      char* out = static_cast<char*>(call_.out) + (row * call_.out_stride + col) * size;
+      multiply(a, rows_of_a.bytes, b.up + b_offset, b.bytes, rows, cols, out, call_.out_stride);
       return;
     }
     if (all_ != nullptr) {
@@ -231,10 +233,10 @@ class Product {
       gate = call_.gated ? up + padded_rows() * stride * how_.accumulator_bytes : nullptr;
     } else {
       stride = width * how_.panel_cols;
-      up = scratch_of<char>(ScratchUse::gemm_block, height * how_.panel_rows * stride * how_.accumulator_bytes * (call_.gated ? 2 : 1));
-      gate = call_.gated ? up + height * how_.panel_rows * stride * how_.accumulator_bytes : nullptr;
+      const std::int64_t bytes = height * how_.panel_rows * stride * how_.accumulator_bytes;
+      up = scratch_of<char>(ScratchUse::gemm_block, bytes * (call_.gated ? 2 : 1));
+      gate = call_.gated ? up + bytes : nullptr;
     }
-    const std::int64_t b_offset = (col_panel - b.first_panel) * b.bytes;
     multiply(a, rows_of_a.bytes, b.up + b_offset, b.bytes, rows, width * how_.panel_cols, up, stride);
     if (gate != nullptr) multiply(a, rows_of_a.bytes, b.gate + b_offset, b.bytes, rows, width * how_.panel_cols, gate, stride);
     if (depth_begin_ + depth_ < call_.depth) return;
@@ -245,8 +247,8 @@ class Product {
     finish(up, gate, stride, row, rows, col, cols);
   }
 
-  void multiply(const char* a, std::int64_t a_bytes, const char* b, std::int64_t b_bytes, std::int64_t rows, std::int64_t cols, char* c,
-                std::int64_t stride) const {
+  void multiply(const char* a, std::int64_t a_bytes, const char* b, std::int64_t b_bytes, std::int64_t rows,
+                std::int64_t cols, char* c, std::int64_t stride) const {
     std::int64_t k = 0;
     do {  // once at least: a product of no depth is zero
       const std::int64_t depth = std::min(how_.depth_block, depth_ - k);
