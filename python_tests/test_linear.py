@@ -95,6 +95,25 @@ def test_bits_do_not_depend_on_the_batch(dtype: torch.dtype, isa: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", SINGLE_AND_HALF, ids=str)
+def test_bits_do_not_depend_on_the_threads(dtype: torch.dtype, isa: str, threads: None) -> None:
+    """Few rows (a task packs the weight's columns), many (the weight is packed once, threads keep to their own rows), packed
+    and not; hidden activations that several threads put into one panel; gradients, of many rows too."""
+    results: list[list[Tensor]] = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        made: list[Tensor] = []
+        for rows in (100, 2000):
+            x, weight, bias = layer(rows, 1100, 200, dtype)
+            w_out = layer(1, 200, 40, dtype)[1]
+            made += [mk.linear(x, weight, bias), mk.linear(x, mk.pack_linear(weight, bias)), mk.mlp(x, weight, w_out, bias)]
+        made += [g for g in gradients(mk.linear, Call((x, weight, bias))) if g is not None]
+        results.append(made)
+    for other in results[1:]:
+        for i, (a, b) in enumerate(zip(results[0], other, strict=True)):
+            assert_same_bits(a, b, f"result {i}")
+
+
+@pytest.mark.parametrize("dtype", SINGLE_AND_HALF, ids=str)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_nan_and_infinity_go_where_torch_sends_them(dtype: torch.dtype, value: float, isa: str) -> None:
     x, weight, bias = layer(9, 40, 21, dtype)
@@ -306,6 +325,10 @@ def test_int8_against_float64(dtype: torch.dtype, isa: str) -> None:
     mlp = mk.mlp(x, packed, mk.pack_linear(w_out, dtype=torch.int8)).double()
     expected = reference.linear(hidden.double(), w_out.double())
     assert (mlp - expected).norm() / expected.norm() < 0.02
+    # Either product alone: the hidden activations go into panels, or are quantised row by row.
+    for w_in, last in ((packed, w_out), (mk.pack_linear(weight, bias), mk.pack_linear(w_out, dtype=torch.int8))):
+        mixed = mk.mlp(x, w_in, last).double()
+        assert (mixed - expected).norm() / expected.norm() < 0.02
 
 
 def test_int8_rows_of_special_values(isa: str) -> None:

@@ -256,7 +256,7 @@ struct Integers {
     return _mm512_set1_epi32(both);
   }
   static Register multiply_add(Register sum, Pairs a, Pairs b) {
-#ifdef __AVX512VNNI__
+#if MMK_TIER_ID(MMK_TIER) == MMK_TIER_IS_vnni
     return _mm512_dpwssd_epi32(sum, a, b);
 #else
     return _mm512_add_epi32(sum, _mm512_madd_epi16(a, b));
