@@ -23,13 +23,18 @@ inline int dtype_index(const Tensor& x, const char* name = "x") {
   }
 }
 
-inline void check_parameter(const MaybeTensor& parameter, const char* name, const Tensor& x, std::int64_t channels) {
-  if (!parameter.has_value()) return;
-  check(on_one_device(*parameter, x), name, "expected the device of x");
-  check(parameter->dim() == 1 && parameter->size(0) == channels, name, "expected [", channels, "]");
-  const ScalarType dtype = parameter->scalar_type(), of_x = x.scalar_type();
+// A tensor beside x: on its device, in its dtype or (beside half precision) in float32.
+inline void check_beside(const Tensor& tensor, const char* name, const Tensor& x) {
+  check(on_one_device(tensor, x), name, "expected the device of x");
+  const ScalarType dtype = tensor.scalar_type(), of_x = x.scalar_type();
   check(dtype == of_x || (dtype == ScalarType::Float && of_x != ScalarType::Double), name,
         "expected the dtype of x, or float32 beside bfloat16 and float16");
+}
+
+inline void check_parameter(const MaybeTensor& parameter, const char* name, const Tensor& x, std::int64_t channels) {
+  if (!parameter.has_value()) return;
+  check_beside(*parameter, name, x);
+  check(parameter->dim() == 1 && parameter->size(0) == channels, name, "expected [", channels, "]");
 }
 
 // Partial sums per chunk of positions: enough chunks for any number of threads, few enough to add up in no time.

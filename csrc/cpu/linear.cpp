@@ -79,19 +79,18 @@ Tensor pack_linear(Tensor weight, std::int64_t number_code, std::int64_t version
 class Weight {
  public:
   GemmWeights weights;
-  std::int64_t n, k;
+  std::int64_t n = 0, k = 0;
   GemmChoice how;
 
   Weight(const Tensor& weight, const MaybeTensor& packed, const MaybeTensor& current, std::int64_t position, const char* name,
          const Tensor& x, Number number)
-      : n(0), k(0), how(choose_gemm(number)) {
+      : how(choose_gemm_unpacked(number)) {
     weights.operand = weight_operand(weight, name);
     n = weight.size(0);
     k = weight.size(1);
     check(on_one_device(weight, x), name, "expected the device of x");
     if (!packed.has_value()) {
       check(weights.operand.number == number, name, "expected the dtype of x");
-      how = choose_gemm_unpacked(number);
       return;
     }
     check(packed->dim() == 1 && packed->is_contiguous() && packed->scalar_type() == ScalarType::Byte &&
@@ -102,8 +101,8 @@ class Weight {
     check(header.magic == packed_magic && header.rows == n && header.cols == k, "packed", "expected what pack_linear made of ", name);
     const auto kept = static_cast<Number>(header.number);
     check(kept == Number::int8 ? number != Number::float64 : kept == number, name, "was packed for another dtype than that of x");
-    how = choose_gemm(kept);
-    bool fresh = header.tier == static_cast<std::int32_t>(how.isa) &&
+    const GemmChoice packed_how = choose_gemm(kept);
+    bool fresh = header.tier == static_cast<std::int32_t>(packed_how.isa) &&
                  header.weight == reinterpret_cast<std::uint64_t>(weights.operand.data);
     if (current.has_value()) {
       check(current->scalar_type() == ScalarType::Bool && current->is_contiguous() && current->numel() > position &&
@@ -111,14 +110,10 @@ class Weight {
             "current", "expected what check_packs answered");
       fresh = fresh && static_cast<const bool*>(current->const_data_ptr())[position];
     }
-    if (fresh) {
-      use(*packed, kept);
-    } else if (kept == Number::int8) {
-      again_ = pack_linear(weight, header.number, header.version);
-      use(*again_, kept);
-    } else {
-      how = choose_gemm_unpacked(number);
-    }
+    if (!fresh && kept != Number::int8) return;
+    how = packed_how;
+    if (!fresh) again_ = pack_linear(weight, header.number, header.version);
+    use(fresh ? *packed : *again_, kept);
   }
 
   // Both of a gated product are packed in one way or in none.

@@ -59,10 +59,8 @@ struct Problem {
   // [B, C] or [B, 1, ..., C]: one vector a sample; the shape of x: one a row.
   NormVectors vectors(NormOperand operand, const MaybeTensor& tensor, const char* name, const Tensor& x) {
     if (!tensor.has_value()) return {nullptr, false, false};
-    check(on_one_device(*tensor, x), name, "expected the device of x");
-    const ScalarType dtype = tensor->scalar_type(), of_x = x.scalar_type();
-    check(dtype == of_x || (dtype == ScalarType::Float && of_x != ScalarType::Double), name,
-          "expected the dtype of x, or float32 beside bfloat16 and float16");
+    check_beside(*tensor, name, x);
+    const ScalarType dtype = tensor->scalar_type();
     const bool wide = dtype == ScalarType::Float || dtype == ScalarType::Double;
     const void* data = tensor->const_data_ptr();
     if (data == nullptr) data = this;  // of an empty tensor, never read: null means that there is none

@@ -44,15 +44,6 @@ inline const void* row_of(const NormVectors& vectors, int64_t offset) {
   return static_cast<const T*>(vectors.data) + offset;
 }
 
-// visit(i, lanes) over the channels; `lanes` is a constant but for the tail.
-template <class A, class F>
-inline void over_channels(int64_t channels, const F& visit) {
-  constexpr int64_t width = Vec<A>::width;
-  int64_t i = 0;
-  for (; i + width <= channels; i += width) visit(i, width);
-  if (i < channels) visit(i, channels - i);
-}
-
 // Two registers of vectors that are accumulators or of type T.
 template <class T, bool split>
 inline void load_either_pair(const void* from, bool wide, int64_t i, typename Vec<accumulator_t<T>>::Register& a,
@@ -100,7 +91,7 @@ struct Affine {
     const A* weight = static_cast<const A*>(call.weight);
     const A* bias = static_cast<const A*>(call.bias);
     const Register base = V::set(static_cast<A>(call.scale_offset));
-    over_channels<A>(call.channels, [&](int64_t i, int64_t lanes) {
+    for_each_vector<A>(call.channels, [&](int64_t i, int64_t lanes) {
       const Register scaled = base + load_either<T>(scale, call.scale.wide, i, lanes);
       Register moved = load_either<T>(shift, call.shift.wide, i, lanes);
       if (bias != nullptr) moved = V::fma(load_lanes<A>(bias + i, lanes), scaled, moved);
@@ -389,13 +380,13 @@ void backward_pieces(const NormBackward& call, int64_t begin_piece, int64_t end_
           if (stream) {
             for (int64_t i = 0; i < channels; i += V::width) V::stream(gradient + i, value_of(i, V::width));
           } else {
-            over_channels<A>(channels, [&](int64_t i, int64_t lanes) {
+            for_each_vector<A>(channels, [&](int64_t i, int64_t lanes) {
               store_lanes<A>(gradient + i, value_of(i, lanes), lanes);
             });
           }
         } else {
           T* grad_x = gated ? static_cast<T*>(call.grad_x) + row * channels : nullptr;
-          over_channels<A>(channels, [&](int64_t i, int64_t lanes) {
+          for_each_vector<A>(channels, [&](int64_t i, int64_t lanes) {
             const Register value = value_of(i, lanes);
             const auto store = [&](T* to, Register of) { stream ? V::stream(to, of) : store_lanes<A>(to, of, lanes); };
             store(gradient + i, value);
@@ -462,7 +453,7 @@ void reduce(const NormBackward& call, const NormReduce& to, int64_t begin_tile, 
         const RowWalk<norm_operands> at(call.rows, group * call.group_rows);
         scale = row_of<T>(call.scale, at.offset[of_scale]);
       }
-      over_channels<A>(count, [&](int64_t in_tile, int64_t lanes) {
+      for_each_vector<A>(count, [&](int64_t in_tile, int64_t lanes) {
         const int64_t i = first + in_tile;
         const auto sum_of = [&](const void* pieces) {
           Register sum = V::zero();
@@ -493,7 +484,7 @@ void reduce(const NormBackward& call, const NormReduce& to, int64_t begin_tile, 
         }
       });
     }
-    over_channels<A>(count, [&](int64_t in_tile, int64_t lanes) {
+    for_each_vector<A>(count, [&](int64_t in_tile, int64_t lanes) {
       const auto store = [&](const NormSums& sums, const Register* values) {
         if (sums.data != nullptr) store_either<T>(sums.data, sums.wide, first + in_tile, values[in_tile / V::width], lanes);
       };

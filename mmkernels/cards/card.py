@@ -37,12 +37,36 @@ class Call:
         return [v for v in (*self.args, *self.kwargs.values()) if isinstance(v, Tensor)]
 
 
+# Draws a call: its tensors on the CPU, from the generator, then moved.
+Make = Callable[[torch.device, torch.dtype, torch.Generator], Call]
+
+
+def with_argument(make: Make, position: int, change: Callable[[Tensor], Any]) -> Make:
+    """The same call with another argument there: x strided, a weight transposed, what is no tensor at all."""
+
+    def changed(device: torch.device, dtype: torch.dtype, g: torch.Generator) -> Call:
+        call = make(device, dtype, g)
+        return Call((*call.args[:position], change(call.args[position]), *call.args[position + 1 :]), call.kwargs)
+
+    return changed
+
+
+# Tokens [B, N, C] with a contiguous last dimension that lie in memory as no new tensor does.
+STRIDED_TOKENS: dict[str, Callable[[Tensor], Tensor]] = {
+    "token slice": lambda x: torch.cat((x, x), 1)[:, 1 : 1 + x.size(1)],
+    "channel slice": lambda x: torch.cat((x, x, x), 2)[..., x.size(2) : 2 * x.size(2)],
+    "rows transposed": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "one row expanded": lambda x: x[:1].expand_as(x),
+    "odd offset": lambda x: torch.cat((x.flatten(), x.flatten()))[1 : 1 + x.numel()].view_as(x),
+}
+
+
 @dataclass(frozen=True)
 class Sample:
-    """One valid call. `make(device, dtype, generator)` draws its tensors on the CPU from the generator, then moves them."""
+    """One valid call."""
 
     name: str
-    make: Callable[[torch.device, torch.dtype, torch.Generator], Call]
+    make: Make
     gradcheck: bool = True  # small enough for finite differences in float64
     full: bool = False  # only in the exhaustive suite (big, slow)
 
@@ -79,7 +103,7 @@ class BenchCase:
     """One line of the benchmark. `run` and each peer take the call; backward is included where `backward` is true."""
 
     name: str
-    make: Callable[[torch.device, torch.dtype, torch.Generator], Call]
+    make: Make
     run: Callable[..., Any]
     peers: Mapping[str, Callable[..., Any]]
     cost: Callable[[Call], Cost]

@@ -8,15 +8,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmkernels.cards.card import BadInput, BenchCase, Call, Card, Cost, Overhead, Sample, Target
+from mmkernels.cards.card import (
+    STRIDED_TOKENS,
+    BadInput,
+    BenchCase,
+    Call,
+    Card,
+    Cost,
+    Make,
+    Overhead,
+    Sample,
+    Target,
+    with_argument,
+)
 from mmkernels.ops import linear as ops
 from mmkernels.ops.packed_linear import DTYPES, PackedLinear, pack_linear
 from mmkernels.reference import linear as reference
 
 _LINEAR_SYSTEMS = ("all of them",)
 _MLP_SYSTEMS = ("all of them", "Activator", "Mixtral", "4M", "MoVA")
-
-Make = Callable[[torch.device, torch.dtype, torch.Generator], Call]
 
 
 def _normal(
@@ -84,22 +94,7 @@ def _mlp_call(
     return make
 
 
-def _with(make: Make, position: int, change: Callable[[Tensor], Any]) -> Make:
-    """The same call with another argument there."""
-
-    def changed(device: torch.device, dtype: torch.dtype, g: torch.Generator) -> Call:
-        call = make(device, dtype, g)
-        return Call((*call.args[:position], change(call.args[position]), *call.args[position + 1 :]), call.kwargs)
-
-    return changed
-
-
-_STRIDED: dict[str, Callable[[Tensor], Tensor]] = {
-    "token slice": lambda x: torch.cat((x, x), 1)[:, 1 : 1 + x.size(1)],
-    "channel slice": lambda x: torch.cat((x, x, x), 2)[..., x.size(2) : 2 * x.size(2)],
-    "channels strided": lambda x: torch.stack((x, x), -1)[..., 0],
-    "one row expanded": lambda x: x[:1, :1].expand_as(x),
-}
+_STRIDED = {**STRIDED_TOKENS, "channels strided": lambda x: torch.stack((x, x), -1)[..., 0]}
 
 
 def _samples(call: Callable[..., Make], rest: tuple[int, ...]) -> tuple[Sample, ...]:
@@ -120,9 +115,9 @@ def _samples(call: Callable[..., Make], rest: tuple[int, ...]) -> tuple[Sample, 
         Sample("relu", call((2, 5), 7, *rest, activation="relu"), gradcheck=False),  # not smooth
         Sample("gelu_tanh", call((2, 5), 7, *rest, activation="gelu_tanh")),
         Sample("silu", call((2, 5), 7, *rest, activation="silu")),
-        *(Sample(name, _with(small, 0, change)) for name, change in _STRIDED.items()),
-        Sample("weight transposed", _with(small, 1, lambda w: w.t().contiguous().t())),
-        Sample("weight of a slice", _with(small, 1, lambda w: torch.cat((w, w), 1)[:, : w.size(1)])),
+        *(Sample(name, with_argument(small, 0, change)) for name, change in _STRIDED.items()),
+        Sample("weight transposed", with_argument(small, 1, lambda w: w.t().contiguous().t())),
+        Sample("weight of a slice", with_argument(small, 1, lambda w: torch.cat((w, w), 1)[:, : w.size(1)])),
         Sample("deeper than a block", call((1, 3), 1100, *rest), gradcheck=False),
         Sample("many blocks", call((260,), 33, *(150 + 10 * i for i, _ in enumerate(rest))), gradcheck=False),
     )
@@ -155,7 +150,7 @@ _MLP_SAMPLES = (
 
 # --- bad input ----------------------------------------------------------------------------------------------------------
 def _bad(call: Make, position: int, value: Callable[[Any], Any]) -> Callable[[torch.device], Call]:
-    return lambda device: _with(call, position, value)(device, torch.float32, torch.Generator())
+    return lambda device: with_argument(call, position, value)(device, torch.float32, torch.Generator())
 
 
 def _bad_keyword(call: Make, **changed: Any) -> Callable[[torch.device], Call]:

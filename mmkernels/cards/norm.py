@@ -9,7 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmkernels.cards.card import BadInput, BenchCase, Call, Card, Cost, Overhead, Sample, Target
+from mmkernels.cards.card import (
+    STRIDED_TOKENS,
+    BadInput,
+    BenchCase,
+    Call,
+    Card,
+    Cost,
+    Make,
+    Overhead,
+    Sample,
+    Target,
+    with_argument,
+)
 from mmkernels.ops import norm as ops
 from mmkernels.reference import norm as reference
 
@@ -17,8 +29,6 @@ _OPS = ("mmkernels::norm", "mmkernels::norm_backward")
 _VITS = ("All-in-one", "MedSAM", "Dream Engine")
 _LLMS = ("Dream Engine",)
 _DITS = ("CrossFlow", "AV-DiT", "MDT", "Dream Engine")
-
-Make = Callable[[torch.device, torch.dtype, torch.Generator], Call]
 
 
 # --- calls ------------------------------------------------------------------------------------------------------------
@@ -79,25 +89,6 @@ def _modulate_call(
     return make
 
 
-def _with_x(make: Make, change: Callable[[Tensor], Tensor]) -> Make:
-    """The same call with another x: strided, offset, expanded."""
-
-    def changed(device: torch.device, dtype: torch.dtype, g: torch.Generator) -> Call:
-        call = make(device, dtype, g)
-        return Call((change(call.args[0]), *call.args[1:]), call.kwargs)
-
-    return changed
-
-
-_STRIDED: dict[str, Callable[[Tensor], Tensor]] = {
-    "token slice": lambda x: torch.cat((x, x), 1)[:, 1 : 1 + x.size(1)],
-    "channel slice": lambda x: torch.cat((x, x, x), 2)[..., x.size(2) : 2 * x.size(2)],
-    "rows transposed": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
-    "one row expanded": lambda x: x[:1].expand_as(x),
-    "odd offset": lambda x: torch.cat((x.flatten(), x.flatten()))[1 : 1 + x.numel()].view_as(x),
-}
-
-
 def _samples(call: Callable[..., Make]) -> tuple[Sample, ...]:
     """What every norm meets. "small" and "ViT-B/16" are names that the generic suite looks for."""
     return (
@@ -110,8 +101,8 @@ def _samples(call: Callable[..., Make]) -> tuple[Sample, ...]:
         Sample("no samples", call(0, 5, 8), gradcheck=False),
         Sample("no tokens", call(3, 0, 8), gradcheck=False),
         Sample("no channels", call(3, 5, 0), gradcheck=False),
-        *(Sample(name, _with_x(call(3, 4, 9), change)) for name, change in _STRIDED.items()),
-        Sample("large mean", _with_x(call(2, 3, 64), lambda x: x + 100)),
+        *(Sample(name, with_argument(call(3, 4, 9), 0, change)) for name, change in STRIDED_TOKENS.items()),
+        Sample("large mean", with_argument(call(2, 3, 64), 0, lambda x: x + 100)),
         Sample("float32 parameters", call(3, 5, 9, affine="float32")),
         Sample("wide rows", call(2, 2500), gradcheck=False),
         Sample("ViT-B/16", call(8, 197, 768), gradcheck=False),
@@ -151,7 +142,8 @@ _MODULATE_SAMPLES = (
     ),
     Sample("many samples", _modulate_call(70, 2, 9, added=True, gate="sample", affine="both")),
     Sample(
-        "x strided, residual and gate", _with_x(_modulate_call(3, 4, 9, added=True, gate="sample"), _STRIDED["token slice"])
+        "x strided, residual and gate",
+        with_argument(_modulate_call(3, 4, 9, added=True, gate="sample"), 0, STRIDED_TOKENS["token slice"]),
     ),
     Sample(
         "no tokens, residual and gate", _modulate_call(3, 0, 9, added=True, gate="sample", affine="both"), gradcheck=False

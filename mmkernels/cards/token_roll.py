@@ -9,14 +9,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmkernels.cards.card import BadInput, BenchCase, Call, Card, Cost, Overhead, Sample, Target
+from mmkernels.cards.card import (
+    STRIDED_TOKENS,
+    BadInput,
+    BenchCase,
+    Call,
+    Card,
+    Cost,
+    Make,
+    Overhead,
+    Sample,
+    Target,
+    with_argument,
+)
 from mmkernels.ops import token_roll as ops
 from mmkernels.reference import token_roll as reference
 
 _EPS = 1e-6
 _SYSTEMS = ("All-in-one",)
-
-Make = Callable[[torch.device, torch.dtype, torch.Generator], Call]
 
 
 def _tokens(rows: int, tokens: int, channels: int, device: torch.device, dtype: torch.dtype, g: torch.Generator) -> Tensor:
@@ -41,26 +51,8 @@ def _norm_call(rows: int, tokens: int, channels: int, frames: int, *, affine: st
     return make
 
 
-def _with_x(make: Make, change: Callable[[Tensor], Tensor]) -> Make:
-    """The same call with another x: strided, offset, expanded."""
-
-    def changed(device: torch.device, dtype: torch.dtype, g: torch.Generator) -> Call:
-        call = make(device, dtype, g)
-        return Call((change(call.args[0]), *call.args[1:]), call.kwargs)
-
-    return changed
-
-
 _SINGLE_TOKENS = tuple((i, i + 1, 1) for i in (1, 2, 5, 6, 9, 13, 20))
 _JOINT = ((6, 8, 1), (15, 17, -1))  # 5 text tokens before 12 visual ones, divisor 6
-
-_STRIDED: dict[str, Callable[[Tensor], Tensor]] = {
-    "token slice": lambda x: torch.cat((x, x), 1)[:, 1 : 1 + x.size(1)],
-    "channel slice": lambda x: torch.cat((x, x, x), 2)[..., x.size(2) : 2 * x.size(2)],
-    "rows transposed": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
-    "one row expanded": lambda x: x[:1].expand_as(x),
-    "odd offset": lambda x: torch.cat((x.flatten(), x.flatten()))[1 : 1 + x.numel()].view_as(x),
-}
 
 
 def _samples(call: Callable[..., Make]) -> tuple[Sample, ...]:
@@ -82,7 +74,7 @@ def _samples(call: Callable[..., Make]) -> tuple[Sample, ...]:
         Sample("no rows", call(0, 17, 8, 3), gradcheck=False),
         Sample("no tokens", call(6, 0, 8, 3), gradcheck=False),
         Sample("no channels", call(6, 17, 0, 3), gradcheck=False),
-        *(Sample(name, _with_x(call(6, 17, 9, 3), change)) for name, change in _STRIDED.items()),
+        *(Sample(name, with_argument(call(6, 17, 9, 3), 0, change)) for name, change in STRIDED_TOKENS.items()),
         Sample("ViT-B/16", call(6, 197, 768, 3), gradcheck=False),
         Sample("beyond the cache", call(96, 197, 768, 8), gradcheck=False, full=True),
     )
@@ -260,7 +252,7 @@ CARDS = (
             Sample("no bias", _norm_call(6, 17, 9, 3, affine="weight")),
             Sample("float32 parameters", _norm_call(6, 17, 9, 3, affine="float32")),
             Sample("normed only", _norm_call(6, 17, 9, 3, need_rolled=False)),
-            Sample("large mean", _with_x(_norm_call(6, 17, 64, 3), lambda x: x + 100)),
+            Sample("large mean", with_argument(_norm_call(6, 17, 64, 3), 0, lambda x: x + 100)),
         ),
         bad_inputs=_bad_norm(),
         dtypes=ops.DTYPES,

@@ -52,7 +52,7 @@ class WeightPack:
                 self.drop()
             return None
         packed = self._packed
-        known = packed is not None and packed.weight is weight and packed.bias is bias
+        known = self._is_of(weight, bias)
         if is_compiling():  # the graph takes the pack as an input, and looks at its version while it runs
             return packed if known else None
         if packed is not None and known and packed.is_current():
@@ -69,13 +69,14 @@ class WeightPack:
     def prepare(self, weight: Tensor | None, bias: Tensor | None) -> None:
         """Packs these ahead of calls, unless that is done; drops the pack of whatever cannot be packed."""
         packed = self._packed
-        if is_compiling() or (
-            packed is not None and packed.weight is weight and packed.bias is bias and packed.is_current()
-        ):
+        if is_compiling() or (packed is not None and self._is_of(weight, bias) and packed.is_current()):
             return
         self.drop()
         if weight is not None and _packable(weight, bias):
             self._pack(weight, bias)
+
+    def _is_of(self, weight: Tensor | None, bias: Tensor | None) -> bool:
+        return self._packed is not None and self._packed.weight is weight and self._packed.bias is bias
 
     def drop(self) -> None:
         self._packed = self._seen = None

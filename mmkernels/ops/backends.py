@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,10 @@ from typing import Any
 import torch
 
 from mmkernels import runtime
+
+# Tiers of kernels that are vectors alone, and the dtypes that Triton kernels take.
+VECTOR_TIERS = ("generic", "avx2", "avx512")
+HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 
 Arguments = Mapping[str, Any]
 Reason = Callable[[Arguments], str | None]
@@ -108,6 +113,22 @@ def triton(dtypes: tuple[torch.dtype, ...], *, primary: str = "x", extra: Reason
         return extra(arguments) if extra is not None else None
 
     return Backend("triton", reason, lambda arguments: "triton")
+
+
+def triton_kernel(family: str, name: str) -> Callable[[], Callable[..., Any]]:
+    """Fetches a function of the family's Triton kernels, which are imported when they are first asked for."""
+    return lambda: getattr(importlib.import_module(f"mmkernels.triton.{family}"), name)
+
+
+def few_channels(family: str, *, primary: str = "x") -> Reason:
+    """The reason of families whose Triton kernels hold a whole row of channels."""
+
+    def reason(arguments: Arguments) -> str | None:
+        limit = importlib.import_module(f"mmkernels.triton.{family}").MAX_CHANNELS  # asked only where there is Triton
+        channels = arguments[primary].size(-1)
+        return None if channels <= limit else f"{primary} has {channels} channels; the Triton kernels take {limit}"
+
+    return reason
 
 
 def torch_cuda(why: str, *, primary: str = "x") -> Backend:

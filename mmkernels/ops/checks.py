@@ -40,9 +40,7 @@ def check_rows(
     value: Any, name: str, dtypes: tuple[torch.dtype, ...], *, like: Tensor | None = None, like_name: str = ""
 ) -> Tensor:
     """A dense tensor [..., C] of one of `dtypes`, its last dimension contiguous; `like`: of its shape, dtype and device."""
-    _check_dense(value, name, "[..., C]", dtypes)
-    if not 1 <= value.dim() <= MAX_DIMS:
-        raise ValueError(f"{name}: expected [..., C] of 1 to {MAX_DIMS} dimensions, got shape {tuple(value.shape)}")
+    check_tokens(value, name, "[..., C]", dtypes)
     _check_last_dimension(value, name)
     if like is not None:
         if value.shape != like.shape:

@@ -12,7 +12,7 @@ from torch.compiler import is_compiling
 from mmkernels import runtime
 from mmkernels.ops import backends
 from mmkernels.ops.checks import check_gradient, check_matrix, check_parameter, check_tokens
-from mmkernels.ops.packed_linear import DTYPES, PackedLinear, _check_op
+from mmkernels.ops.packed_linear import DTYPES, PackedLinear, cast, cast_weight, check_pack, current_packs, unpack
 from mmkernels.ops.route import autocast_dtype, define, differentiable, implement, not_differentiable, wants_gradient
 from mmkernels.reference import linear as reference
 
@@ -197,7 +197,7 @@ def _fake_mlp_backward(
     needs: int,
 ) -> tuple[Tensor, ...]:
     _check_mlp_backward(grad, x, w_in, w_out, w_gate, b_in, b_out, b_gate, pre, pre_gate)
-    need = {name: bool(needs >> bit & 1) for bit, name in enumerate(reference.MLP_GRADIENTS)}
+    need = reference.mlp_needs(needs)
     hidden, gated = w_in.shape[0], w_gate is not None
 
     def bias(name: str, size: Any, like: Tensor | None) -> Tensor:
@@ -237,9 +237,6 @@ _mlp_backward_op = define(
     _fake_mlp_backward,
 )
 
-_TIERS = ("generic", "avx2", "avx512")
-_HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
-
 
 def _no_gate(arguments: backends.Arguments) -> str | None:
     return "without w_gate there is nothing for it to fuse" if arguments["w_gate"] is None else None
@@ -257,25 +254,16 @@ def _tier(*weights: str) -> Callable[[backends.Arguments], str | None]:
 
 
 LINEAR_BACKENDS = (
-    backends.cpu(_TIERS, tier_of=_tier("weight")),
+    backends.cpu(backends.VECTOR_TIERS, tier_of=_tier("weight")),
     backends.torch_cuda("a plain matrix product is best left to cuBLAS"),
     backends.REFERENCE,
 )
 MLP_BACKENDS = (
-    backends.cpu(_TIERS, tier_of=_tier("w_in")),
-    backends.triton(_HALF_AND_SINGLE, extra=_no_gate),
+    backends.cpu(backends.VECTOR_TIERS, tier_of=_tier("w_in")),
+    backends.triton(backends.HALF_AND_SINGLE, extra=_no_gate),
     backends.torch_cuda("plain matrix products are best left to cuBLAS"),
     backends.REFERENCE,
 )
-
-
-def _triton(name: str) -> Callable[[], Callable[..., Any]]:
-    def load() -> Callable[..., Any]:
-        from mmkernels.triton import linear as kernels
-
-        return getattr(kernels, name)
-
-    return load
 
 
 implement(
@@ -294,7 +282,7 @@ implement(
     MLP_BACKENDS,
     "x",
     check=_check_mlp,
-    triton=_triton("mlp"),
+    triton=backends.triton_kernel("linear", "mlp"),
     torch_formula=reference.mlp_op,
     reference=reference.mlp_op,
 )
@@ -303,7 +291,7 @@ implement(
     MLP_BACKENDS,
     "x",
     check=_check_mlp_backward,
-    triton=_triton("mlp_backward"),
+    triton=backends.triton_kernel("linear", "mlp_backward"),
     torch_formula=reference.mlp_backward_op,
     reference=reference.mlp_backward_op,
 )
@@ -356,9 +344,6 @@ def _linear_backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[A
 _call_linear_backward = not_differentiable(_linear_backward_op)
 _call_linear = differentiable(_linear_op, _linear_setup, _linear_backward, twice=False)
 
-# Where the gradients of mlp_backward stand among mlp's inputs.
-_MLP_INPUTS = {"x": 0, "w_in": 1, "w_out": 2, "w_gate": 3, "b_in": 4, "b_out": 5, "b_gate": 6}
-
 
 def _mlp_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs[:7], *output[1:])
@@ -373,7 +358,9 @@ def _mlp_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
         return tuple(results)
     inputs, (pre, pre_gate) = ctx.saved_tensors[:7], ctx.saved_tensors[7:]
     x = inputs[0]
-    needs = sum(1 << bit for bit, name in enumerate(reference.MLP_GRADIENTS) if ctx.needs_input_grad[_MLP_INPUTS[name]])
+    # mlp's first inputs are those that MLP_GRADIENTS names, in its order.
+    wanted = ctx.needs_input_grad[: len(reference.MLP_GRADIENTS)]
+    needs = sum(1 << bit for bit, need in enumerate(wanted) if need)
     gradients = _call_mlp_backward(
         any(value is not None and value.requires_grad for value in (grad, *inputs)),
         grad.contiguous(),
@@ -385,9 +372,8 @@ def _mlp_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
         ctx.activation,
         needs,
     )
-    for name, gradient in zip(reference.MLP_GRADIENTS, gradients, strict=True):
-        position = _MLP_INPUTS[name]
-        if ctx.needs_input_grad[position]:
+    for position, gradient in enumerate(gradients):
+        if wanted[position]:
             results[position] = gradient.to(inputs[position].dtype)
     results[11] = grad if ctx.needs_input_grad[11] else None
     return tuple(results)
@@ -398,29 +384,6 @@ _call_mlp = differentiable(_mlp_op, _mlp_setup, _mlp_backward, twice=False)
 
 
 # --- public functions -------------------------------------------------------------------------------------------------
-def _unpack(weight: Any, bias: Any, weight_name: str, bias_name: str) -> tuple[Any, Any, Tensor | None]:
-    """(weight, bias, packed bytes or None)."""
-    if type(weight) is not PackedLinear:
-        return weight, bias, None
-    if bias is not None:
-        raise ValueError(f"{bias_name}: expected None beside a packed {weight_name}, which has its own")
-    return weight.weight, weight.bias, weight.panels()
-
-
-def _check_pack(given: Any, packed: Tensor | None, x: Any, name: str) -> None:
-    if packed is not None and isinstance(x, Tensor) and given.dtype not in (x.dtype, torch.int8):
-        raise TypeError(f"{name}: expected the dtype of x, {x.dtype}, got a weight that is packed in {given.dtype}")
-
-
-def _current(weights: list[Any], packs: list[Tensor | None]) -> Tensor | None:
-    """What a compiled graph asks about its packs while it runs; eager calls have asked already."""
-    if not is_compiling() or all(pack is None for pack in packs):
-        return None
-    # One answer a weight, in the order of the weights: a weight without a pack asks about one that it has not.
-    present = next(pack for pack in packs if pack is not None)
-    return _check_op(weights, [present if pack is None else pack for pack in packs])
-
-
 def _laid_out(x: Any) -> Any:
     """x with rows that lie evenly in memory, which is x itself unless it is a slice of another kind."""
     if not isinstance(x, Tensor) or x.layout != torch.strided or x.is_contiguous() or x.dim() == 0:
@@ -480,14 +443,14 @@ def linear(
     Source: nn.Linear; the epilogue's fusions are those of the published systems' blocks.
     """
     given = weight
-    weight, bias, packed = _unpack(weight, bias, "weight", "bias")
+    weight, bias, packed = unpack(weight, bias, "weight", "bias")
     code = _check_activation(activation)
     late = None
     if isinstance(x, Tensor) and (dtype := autocast_dtype(x)) is not None:
-        x, bias = _cast(x, dtype), _cast(bias, dtype)
-        weight, packed = _cast_weight(given, weight, packed, dtype)
+        x, bias = cast(x, dtype), cast(bias, dtype)
+        weight, packed = cast_weight(given, weight, packed, dtype)
         residual, late = _cast_residual(residual, x)
-    _check_pack(given, packed, x, "weight")
+    check_pack(given, packed, x, "weight")
     x, weight = _laid_out(x), _unit_stride(weight)
     if residual is not None:
         residual = _expanded(residual, x, weight)
@@ -495,7 +458,7 @@ def linear(
         _check_linear(x, weight, packed, None, bias, residual, code)
     try:
         grad = wants_gradient(x, weight, bias, residual)
-        current = _current([weight], [packed])
+        current = current_packs([weight], [packed])
         out = _call_linear(grad, x, weight, packed, current, bias, residual, code, grad and code != 0)[0]
     except Exception:
         _check_linear(x, weight, packed, None, bias, residual, code)
@@ -543,22 +506,22 @@ def mlp(
     Source: "Attention Is All You Need" (2017); "GLU Variants Improve Transformer" (2020).
     """
     given = (w_in, w_out, w_gate)
-    w_in, b_in, packed_in = _unpack(w_in, b_in, "w_in", "b_in")
-    w_out, b_out, packed_out = _unpack(w_out, b_out, "w_out", "b_out")
+    w_in, b_in, packed_in = unpack(w_in, b_in, "w_in", "b_in")
+    w_out, b_out, packed_out = unpack(w_out, b_out, "w_out", "b_out")
     packed_gate = None
     if w_gate is not None:
-        w_gate, b_gate, packed_gate = _unpack(w_gate, b_gate, "w_gate", "b_gate")
+        w_gate, b_gate, packed_gate = unpack(w_gate, b_gate, "w_gate", "b_gate")
     code = _check_activation(activation)
     late = None
     if isinstance(x, Tensor) and (dtype := autocast_dtype(x)) is not None:
-        x, b_in, b_out, b_gate = (_cast(tensor, dtype) for tensor in (x, b_in, b_out, b_gate))
-        w_in, packed_in = _cast_weight(given[0], w_in, packed_in, dtype)
-        w_out, packed_out = _cast_weight(given[1], w_out, packed_out, dtype)
-        w_gate, packed_gate = _cast_weight(given[2], w_gate, packed_gate, dtype)
+        x, b_in, b_out, b_gate = (cast(tensor, dtype) for tensor in (x, b_in, b_out, b_gate))
+        w_in, packed_in = cast_weight(given[0], w_in, packed_in, dtype)
+        w_out, packed_out = cast_weight(given[1], w_out, packed_out, dtype)
+        w_gate, packed_gate = cast_weight(given[2], w_gate, packed_gate, dtype)
         residual, late = _cast_residual(residual, x)
     packs = (packed_in, packed_out, packed_gate)
     for packed, weight, name in zip(packs, given, ("w_in", "w_out", "w_gate"), strict=True):
-        _check_pack(weight, packed, x, name)
+        check_pack(weight, packed, x, name)
     x, w_in, w_out, w_gate = _laid_out(x), _unit_stride(w_in), _unit_stride(w_out), _unit_stride(w_gate)
     if residual is not None:
         residual = _expanded(residual, x, w_out)
@@ -568,7 +531,7 @@ def mlp(
     try:
         grad = wants_gradient(*arguments[:7], residual)
         weights = [w_in, w_out] if w_gate is None else [w_in, w_out, w_gate]
-        current = _current(weights, list(packs[: len(weights)]))
+        current = current_packs(weights, list(packs[: len(weights)]))
         out = _call_mlp(grad, *arguments, current, residual, code, grad)[0]
     except Exception:
         _check_mlp(*arguments, None, residual)
@@ -577,20 +540,6 @@ def mlp(
 
 
 # --- autocast ---------------------------------------------------------------------------------------------------------
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    """As torch's own linear casts its operands."""
-    if isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64:
-        return value.to(dtype)
-    return value
-
-
-def _cast_weight(given: Any, weight: Any, packed: Tensor | None, dtype: torch.dtype) -> tuple[Any, Tensor | None]:
-    """A weight that is packed in autocast's dtype, or in int8, serves as it is; another pack is of no use then."""
-    if packed is not None and given.dtype in (dtype, torch.int8):
-        return weight, packed
-    return _cast(weight, dtype), None
-
-
 def _cast_residual(residual: Any, x: Tensor) -> tuple[Any, Tensor | None]:
     """(what the kernel adds, what is added after the call, by torch's rules of promotion)."""
     if isinstance(residual, Tensor) and residual.dtype != x.dtype:

@@ -4,7 +4,6 @@ residual and its gate before, the scale and shift of an adaptive norm after."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -13,7 +12,16 @@ from torch.compiler import is_compiling
 
 from mmkernels.ops import backends
 from mmkernels.ops.checks import check_float, check_gradient, check_parameter, check_rows, check_vectors
-from mmkernels.ops.route import autocast_widens_norms, define, differentiable, implement, not_differentiable
+from mmkernels.ops.route import (
+    autocast_widens_norms,
+    contiguous,
+    define,
+    differentiable,
+    implement,
+    not_differentiable,
+    stats_dtype,
+    wants_gradient,
+)
 from mmkernels.reference import norm as reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -71,13 +79,9 @@ def _check_norm_backward(
     _check_norm(normalised, normalised, gate, weight, bias, shift, scale, 0.0, scale_offset, name="normalised")
     if x is not None:
         check_rows(x, "x", DTYPES, like=normalised, like_name="normalised")
-    check_gradient(grad_normed, "grad_normed", normalised.shape, (normalised.dtype, _stats_dtype(normalised)), normalised)
+    check_gradient(grad_normed, "grad_normed", normalised.shape, (normalised.dtype, stats_dtype(normalised)), normalised)
     check_gradient(grad_summed, "grad_summed", normalised.shape, (normalised.dtype,), normalised)
-    check_gradient(stats, "stats", _stats_shape(normalised, rms), (_stats_dtype(normalised),), normalised)
-
-
-def _stats_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+    check_gradient(stats, "stats", _stats_shape(normalised, rms), (stats_dtype(normalised),), normalised)
 
 
 def _stats_shape(x: Tensor, rms: bool) -> tuple[int, int]:
@@ -99,9 +103,9 @@ def _fake_norm(
     float_normed: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_norm(x, residual, gate, weight, bias, shift, scale, eps, scale_offset)
-    normed = torch.empty(x.shape, dtype=_stats_dtype(x) if float_normed else x.dtype, device=x.device)
+    normed = torch.empty(x.shape, dtype=stats_dtype(x) if float_normed else x.dtype, device=x.device)
     summed = torch.empty((0,) if residual is None else x.shape, dtype=x.dtype, device=x.device)
-    stats = torch.empty(_stats_shape(x, rms), dtype=_stats_dtype(x), device=x.device)
+    stats = torch.empty(_stats_shape(x, rms), dtype=stats_dtype(x), device=x.device)
     return normed, summed, stats
 
 
@@ -152,24 +156,10 @@ _norm_backward_op = define(
 )
 
 
-def _few_channels(primary: str) -> backends.Reason:
-    def reason(arguments: backends.Arguments) -> str | None:
-        from mmkernels.triton.norm import MAX_CHANNELS  # asked only where Triton can be imported
-
-        channels = arguments[primary].size(-1)
-        return (
-            None
-            if channels <= MAX_CHANNELS
-            else f"{primary} has {channels} channels; the Triton kernels take {MAX_CHANNELS}"
-        )
-
-    return reason
-
-
 def _backends(primary: str) -> tuple[backends.Backend, ...]:
     return (
-        backends.cpu(("generic", "avx2", "avx512"), primary=primary),
-        backends.triton((torch.float32, torch.bfloat16, torch.float16), primary=primary, extra=_few_channels(primary)),
+        backends.cpu(backends.VECTOR_TIERS, primary=primary),
+        backends.triton(backends.HALF_AND_SINGLE, primary=primary, extra=backends.few_channels("norm", primary=primary)),
         backends.REFERENCE,
     )
 
@@ -177,31 +167,20 @@ def _backends(primary: str) -> tuple[backends.Backend, ...]:
 BACKENDS = _backends("x")
 
 
-def _triton(name: str) -> Callable[[], Callable[..., Any]]:
-    def load() -> Callable[..., Any]:
-        from mmkernels.triton import norm as kernels
-
-        return getattr(kernels, name)
-
-    return load
-
-
-implement(_norm_op, BACKENDS, "x", check=_check_norm, triton=_triton("norm"), reference=reference.norm_op)
+implement(
+    _norm_op, BACKENDS, "x", check=_check_norm, triton=backends.triton_kernel("norm", "norm"), reference=reference.norm_op
+)
 implement(
     _norm_backward_op,
     _backends("normalised"),
     "normalised",
     check=_check_norm_backward,
-    triton=_triton("norm_backward"),
+    triton=backends.triton_kernel("norm", "norm_backward"),
     reference=reference.norm_backward_op,
 )
 
 
 # --- autograd ---------------------------------------------------------------------------------------------------------
-def _contiguous(gradient: Tensor | None) -> Tensor | None:
-    return None if gradient is None else gradient.contiguous()
-
-
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     x, residual, gate, weight, bias, shift, scale, _, scale_offset, rms, _ = inputs
     _, summed, stats = output
@@ -220,8 +199,8 @@ def _backward(ctx: Any, grad_normed: Tensor | None, grad_summed: Tensor | None, 
     sources = (grad_normed, grad_summed, normalised, x, gate, weight, bias, shift, scale)
     grad, grad_x, grad_gate, grad_weight, grad_bias, grad_shift, grad_scale = _call_norm_backward(
         any(source is not None and source.requires_grad for source in sources),
-        _contiguous(grad_normed),
-        _contiguous(grad_summed) if ctx.added else None,
+        contiguous(grad_normed),
+        contiguous(grad_summed) if ctx.added else None,
         normalised,
         stats,
         x,
@@ -261,12 +240,8 @@ def _call(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     if is_compiling():
         _check_norm(*args)
     try:
-        requires_grad = False
-        for tensor in args[:7]:
-            if tensor is not None and tensor.requires_grad:
-                requires_grad = True
         x = args[0]
-        return _call_norm(requires_grad, *args, not x.is_cpu and autocast_widens_norms(x.device))
+        return _call_norm(wants_gradient(*args[:7]), *args, not x.is_cpu and autocast_widens_norms(x.device))
     except Exception:
         _check_norm(*args)
         raise

@@ -203,3 +203,41 @@ def pack_linear(weight: Tensor, bias: Tensor | None = None, *, dtype: torch.dtyp
         with torch.inference_mode(False):
             weight = weight.clone()
     return PackedLinear(weight, bias, dtype).repack()
+
+
+# --- what calls make of the weights that they are given -------------------------------------------------------------------
+def unpack(weight: Any, bias: Any, weight_name: str, bias_name: str) -> tuple[Any, Any, Tensor | None]:
+    """(weight, bias, packed bytes or None)."""
+    if type(weight) is not PackedLinear:
+        return weight, bias, None
+    if bias is not None:
+        raise ValueError(f"{bias_name}: expected None beside a packed {weight_name}, which has its own")
+    return weight.weight, weight.bias, weight.panels()
+
+
+def check_pack(given: Any, packed: Tensor | None, x: Any, name: str) -> None:
+    if packed is not None and isinstance(x, Tensor) and given.dtype not in (x.dtype, torch.int8):
+        raise TypeError(f"{name}: expected the dtype of x, {x.dtype}, got a weight that is packed in {given.dtype}")
+
+
+def current_packs(weights: list[Any], packs: list[Tensor | None]) -> Tensor | None:
+    """What a compiled graph asks about its packs while it runs; eager calls have asked already."""
+    if not is_compiling() or all(pack is None for pack in packs):
+        return None
+    # One answer a weight, in the order of the weights: a weight without a pack asks about one that it has not.
+    present = next(pack for pack in packs if pack is not None)
+    return _check_op(weights, [present if pack is None else pack for pack in packs])
+
+
+def cast(value: Any, dtype: torch.dtype) -> Any:
+    """Under autocast: as torch's own linear casts its operands."""
+    if isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64:
+        return value.to(dtype)
+    return value
+
+
+def cast_weight(given: Any, weight: Any, packed: Tensor | None, dtype: torch.dtype) -> tuple[Any, Tensor | None]:
+    """A weight that is packed in autocast's dtype, or in int8, serves as it is; another pack is of no use then."""
+    if packed is not None and given.dtype in (dtype, torch.int8):
+        return weight, packed
+    return cast(weight, dtype), None

@@ -215,6 +215,16 @@ def _once(backward: Callable[..., Any], name: str) -> Callable[..., Any]:
     return wrapped
 
 
+def contiguous(gradient: torch.Tensor | None) -> torch.Tensor | None:
+    """A gradient as kernels take it, or none."""
+    return None if gradient is None else gradient.contiguous()
+
+
+def stats_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype of means, variances and sums over x."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 def autocast_widens_norms(device: torch.device) -> bool:
     """Whether torch's autocast now runs normalisations in float32 there: on the CPU it leaves their dtype alone."""
     return device.type != "cpu" and torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,15 @@ from torch.compiler import is_compiling
 
 from mmkernels.ops import backends
 from mmkernels.ops.checks import INT64_MAX, check_float, check_gradient, check_int, check_parameter, check_tensor
-from mmkernels.ops.route import autocast_widens_norms, define, differentiable, implement, not_differentiable
+from mmkernels.ops.route import (
+    autocast_widens_norms,
+    contiguous,
+    define,
+    differentiable,
+    implement,
+    not_differentiable,
+    stats_dtype,
+)
 from mmkernels.reference import token_roll as reference
 
 Range = reference.Range
@@ -100,18 +108,14 @@ def _check_norm_backward(
     *_: Any,
 ) -> None:
     _check_norm(x, num_frames, divisor, ranges, weight, bias)
-    check_gradient(grad_normed, "grad_normed", x.shape, (x.dtype, _stats_dtype(x)), x)
+    check_gradient(grad_normed, "grad_normed", x.shape, (x.dtype, stats_dtype(x)), x)
     check_gradient(grad_rolled, "grad_rolled", x.shape, (x.dtype,), x)
-    check_gradient(stats, "stats", (2, x.size(0), x.size(1)), (_stats_dtype(x),), x)
+    check_gradient(stats, "stats", (2, x.size(0), x.size(1)), (stats_dtype(x),), x)
 
 
 def _fake_roll(x: Tensor, num_frames: int, divisor: int, ranges: Sequence[int], inverse: bool = False) -> Tensor:
     _check_roll(x, num_frames, divisor, ranges)
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-
-
-def _stats_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _fake_norm(
@@ -126,9 +130,9 @@ def _fake_norm(
     float_normed: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_norm(x, num_frames, divisor, ranges, weight, bias)
-    normed = torch.empty(x.shape, dtype=_stats_dtype(x) if float_normed else x.dtype, device=x.device)
+    normed = torch.empty(x.shape, dtype=stats_dtype(x) if float_normed else x.dtype, device=x.device)
     rolled = torch.empty(x.shape if need_rolled else (0,), dtype=x.dtype, device=x.device)
-    stats = torch.empty((2, x.shape[0], x.shape[1]), dtype=_stats_dtype(x), device=x.device)
+    stats = torch.empty((2, x.shape[0], x.shape[1]), dtype=stats_dtype(x), device=x.device)
     return normed, rolled, stats
 
 
@@ -168,37 +172,18 @@ _norm_backward_op = define(
 )
 
 
-def _few_channels(arguments: backends.Arguments) -> str | None:
-    from mmkernels.triton.token_roll import MAX_CHANNELS  # asked only where Triton can be imported
-
-    channels = arguments["x"].size(-1)
-    return None if channels <= MAX_CHANNELS else f"x has {channels} channels; the Triton kernels take {MAX_CHANNELS}"
-
-
-_TIERS = ("generic", "avx2", "avx512")
-_HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
-
 ROLL_BACKENDS = (
-    backends.cpu(_TIERS, generic_only=()),
+    backends.cpu(backends.VECTOR_TIERS, generic_only=()),
     backends.cuda(),
-    backends.triton(_HALF_AND_SINGLE),
+    backends.triton(backends.HALF_AND_SINGLE),
     backends.REFERENCE,
 )
 NORM_BACKENDS = (
-    backends.cpu(_TIERS),
+    backends.cpu(backends.VECTOR_TIERS),
     backends.cuda(),
-    backends.triton(_HALF_AND_SINGLE, extra=_few_channels),
+    backends.triton(backends.HALF_AND_SINGLE, extra=backends.few_channels("token_roll")),
     backends.REFERENCE,
 )
-
-
-def _triton(name: str) -> Callable[[], Callable[..., Any]]:
-    def load() -> Callable[..., Any]:
-        from mmkernels.triton import token_roll as kernels
-
-        return getattr(kernels, name)
-
-    return load
 
 
 implement(
@@ -206,7 +191,7 @@ implement(
     ROLL_BACKENDS,
     "x",
     check=_check_roll,
-    triton=_triton("token_roll"),
+    triton=backends.triton_kernel("token_roll", "token_roll"),
     reference=reference.token_roll_op,
 )
 implement(
@@ -214,7 +199,7 @@ implement(
     NORM_BACKENDS,
     "x",
     check=_check_norm,
-    triton=_triton("token_roll_layer_norm"),
+    triton=backends.triton_kernel("token_roll", "token_roll_layer_norm"),
     reference=reference.token_roll_layer_norm_op,
 )
 implement(
@@ -222,16 +207,12 @@ implement(
     NORM_BACKENDS,
     "x",
     check=_check_norm_backward,
-    triton=_triton("token_roll_layer_norm_backward"),
+    triton=backends.triton_kernel("token_roll", "token_roll_layer_norm_backward"),
     reference=reference.token_roll_layer_norm_backward_op,
 )
 
 
 # --- autograd ---------------------------------------------------------------------------------------------------------
-def _contiguous(gradient: Tensor | None) -> Tensor | None:
-    return None if gradient is None else gradient.contiguous()
-
-
 def _roll_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, *ctx.plan = inputs
 
@@ -259,8 +240,8 @@ def _norm_backward(ctx: Any, grad_normed: Tensor | None, grad_rolled: Tensor | N
     sources = (grad_normed, grad_rolled, x, weight)
     grad_x, grad_weight, grad_bias = _call_norm_backward(
         any(source is not None and source.requires_grad for source in sources),
-        _contiguous(grad_normed),
-        _contiguous(grad_rolled) if ctx.need_rolled else None,
+        contiguous(grad_normed),
+        contiguous(grad_rolled) if ctx.need_rolled else None,
         x,
         stats,
         *ctx.plan,

@@ -157,6 +157,11 @@ def mlp_op(
 MLP_GRADIENTS = ("x", "w_in", "w_out", "w_gate", "b_in", "b_out", "b_gate")
 
 
+def mlp_needs(needs: int) -> dict[str, bool]:
+    """The bits by name."""
+    return {name: bool(needs >> bit & 1) for bit, name in enumerate(MLP_GRADIENTS)}
+
+
 def mlp_backward_op(
     grad: Tensor,
     x: Tensor,
@@ -196,7 +201,7 @@ def mlp_gradients(
     needs: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What follows from the hidden activations and the gradients before the activation, by matrix products alone."""
-    need = {name: bool(needs >> bit & 1) for bit, name in enumerate(MLP_GRADIENTS)}
+    need = mlp_needs(needs)
     grad_x = x.new_empty(0)
     if need["x"]:
         grad_x = before @ w_in

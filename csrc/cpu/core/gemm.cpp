@@ -34,6 +34,14 @@ struct Cut {
   std::int64_t begin(std::int64_t piece) const { return panels * piece / pieces; }
 };
 
+// The operand from row (or column) `first` and `depth` on.
+GemmOperand part_of(const GemmOperand& operand, std::int64_t first, std::int64_t depth) {
+  const std::int64_t offset = first * operand.stride + depth * operand.depth_stride;
+  GemmOperand part = operand;
+  part.data = static_cast<const char*>(operand.data) + offset * static_cast<std::int64_t>(bytes_of(operand.number));
+  return part;
+}
+
 class Product {
  public:
   explicit Product(const GemmCall& call)
@@ -83,7 +91,10 @@ class Product {
       if (packed) {
         shared_ = {panels_of(call_.up), call_.gated ? panels_of(call_.gate) : nullptr, how_.b_panel_bytes(call_.depth), 0};
       } else if (!alone) {
-        shared_ = pack_shared(first, count);
+        shared_ = cols_from(first, count);
+        parallel_for(count, depth_ * how_.panel_cols, [&](std::int64_t begin, std::int64_t end) {
+          pack_cols(shared_, first + begin, first + end);
+        });
       }
       if ((packed || !alone) && row_panels_ * how_.panel_rows >= owned_blocks * block_rows * threads()) {
         blocks_of_own_rows(first, count);
@@ -111,25 +122,24 @@ class Product {
     return static_cast<const char*>(weights.panels) + depth_begin_ * how_.panel_cols * how_.b_bytes;
   }
 
-  void pack_cols(const GemmWeights& weights, std::int64_t first, std::int64_t count, char* to) const {
-    const GemmOperand& source = weights.operand;
-    const std::int64_t col = first * how_.panel_cols;
-    const std::int64_t offset = col * source.stride + depth_begin_ * source.depth_stride;
-    const GemmOperand part{static_cast<const char*>(source.data) + offset * static_cast<std::int64_t>(bytes_of(source.number)),
-                           source.number, source.stride, source.depth_stride};
-    how_.pack_b[static_cast<int>(source.number)](
-        {part, std::min(count * how_.panel_cols, call_.cols - col), depth_, to, how_.b_panel_bytes(depth_), nullptr, false});
+  // Room of the calling thread's, for pack_cols to fill.
+  Panels cols_from(std::int64_t first, std::int64_t count) const {
+    const std::int64_t bytes = how_.b_panel_bytes(depth_);
+    const char* up = scratch_of<char>(ScratchUse::gemm_b, count * bytes * (call_.gated ? 2 : 1));
+    return {up, call_.gated ? up + count * bytes : nullptr, bytes, first};
   }
 
-  Panels pack_shared(std::int64_t first, std::int64_t count) const {
-    const std::int64_t bytes = how_.b_panel_bytes(depth_);
-    char* up = scratch_of<char>(ScratchUse::gemm_b, count * bytes * (call_.gated ? 2 : 1));
-    char* gate = call_.gated ? up + count * bytes : nullptr;
-    parallel_for(count, depth_ * how_.panel_cols, [&](std::int64_t begin, std::int64_t end) {
-      pack_cols(call_.up, first + begin, end - begin, up + begin * bytes);
-      if (gate != nullptr) pack_cols(call_.gate, first + begin, end - begin, gate + begin * bytes);
-    });
-    return {up, gate, bytes, first};
+  // Packs panels [begin, end) of those that `cols` has room for.
+  void pack_cols(const Panels& cols, std::int64_t begin, std::int64_t end) const {
+    const std::int64_t col = begin * how_.panel_cols, count = std::min(end * how_.panel_cols, call_.cols) - col;
+    const auto pack = [&](const GemmWeights& weights, const char* panels) {
+      const GemmOperand& source = weights.operand;
+      char* to = const_cast<char*>(panels) + (begin - cols.first_panel) * cols.bytes;
+      how_.pack_b[static_cast<int>(source.number)](
+          {part_of(source, col, depth_begin_), count, depth_, to, cols.bytes, nullptr, false});
+    };
+    pack(call_.up, cols.up);
+    if (cols.gate != nullptr) pack(call_.gate, cols.gate);
   }
 
   // Where the panels of A are, from `first_panel` on.
@@ -152,13 +162,11 @@ class Product {
   void pack_rows(const Rows& rows, std::int64_t begin, std::int64_t end) const {
     if (call_.a_panels != nullptr) return;
     const GemmOperand& source = call_.a;
-    const std::int64_t row = begin * how_.panel_rows;
-    const std::int64_t offset = row * source.stride + depth_begin_ * source.depth_stride;
-    const GemmOperand part{static_cast<const char*>(source.data) + offset * static_cast<std::int64_t>(bytes_of(source.number)),
-                           source.number, source.stride, source.depth_stride};
+    const std::int64_t row = begin * how_.panel_rows, count = std::min(end * how_.panel_rows, call_.rows) - row;
     char* to = const_cast<char*>(rows.panels) + (begin - rows.first_panel) * rows.bytes;
-    how_.pack_a[static_cast<int>(source.number)]({part, std::min((end - begin) * how_.panel_rows, call_.rows - row), depth_, to,
-                                                  rows.bytes, row_scales_ == nullptr ? nullptr : row_scales_ + row, false});
+    float* scales = row_scales_ == nullptr ? nullptr : row_scales_ + row;
+    how_.pack_a[static_cast<int>(source.number)](
+        {part_of(source, row, depth_begin_), count, depth_, to, rows.bytes, scales, false});
   }
 
   // Many rows: a task packs a block of them for itself and goes through all columns with it, so that no thread waits for
@@ -194,12 +202,8 @@ class Product {
         const std::int64_t col = first_col + cols.begin(j), width = cols.begin(j + 1) - cols.begin(j);
         Panels b = shared_;
         if (pack) {
-          const std::int64_t bytes = how_.b_panel_bytes(depth_);
-          char* up = scratch_of<char>(ScratchUse::gemm_b, width * bytes * (call_.gated ? 2 : 1));
-          char* gate = call_.gated ? up + width * bytes : nullptr;
-          pack_cols(call_.up, col, width, up);
-          if (gate != nullptr) pack_cols(call_.gate, col, width, gate);
-          b = {up, gate, bytes, col};
+          b = cols_from(col, width);
+          pack_cols(b, col, col + width);
         }
         const std::int64_t from = pack ? 0 : task % runs, to = pack ? rows.pieces : from + 1;
         for (std::int64_t i = from; i < to; ++i) {
@@ -312,14 +316,11 @@ std::int64_t packed_bytes(const GemmArithmetic& arithmetic, std::int64_t cols, s
 void pack_weights(const GemmArithmetic& arithmetic, const GemmOperand& operand, std::int64_t cols, std::int64_t depth,
                   void* panels, float* scales) {
   const std::int64_t bytes = arithmetic.b_panel_bytes(depth);
-  const auto size = static_cast<std::int64_t>(bytes_of(operand.number));
   parallel_for(ceil_div(cols, arithmetic.panel_cols), depth * arithmetic.panel_cols, [&](std::int64_t begin, std::int64_t end) {
-    const std::int64_t col = begin * arithmetic.panel_cols;
-    const GemmOperand part{static_cast<const char*>(operand.data) + col * operand.stride * size, operand.number, operand.stride,
-                           operand.depth_stride};
-    arithmetic.pack_b[static_cast<int>(operand.number)]({part, std::min(end * arithmetic.panel_cols, cols) - col, depth,
-                                                         static_cast<char*>(panels) + begin * bytes, bytes,
-                                                         scales == nullptr ? nullptr : scales + col, false});
+    const std::int64_t col = begin * arithmetic.panel_cols, count = std::min(end * arithmetic.panel_cols, cols) - col;
+    char* to = static_cast<char*>(panels) + begin * bytes;
+    arithmetic.pack_b[static_cast<int>(operand.number)](
+        {part_of(operand, col, 0), count, depth, to, bytes, scales == nullptr ? nullptr : scales + col, false});
   });
 }
 

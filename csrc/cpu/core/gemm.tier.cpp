@@ -200,14 +200,6 @@ void pack_b_int8(const GemmPack& call) {
 }
 
 // --- epilogue -----------------------------------------------------------------------------------------------------------
-template <class A, class F>
-inline void for_each_vector(int64_t cols, const F& f) {
-  constexpr int width = Vec<A>::width;
-  int64_t col = 0;
-  for (; col + width <= cols; col += width) f(col, int64_t{width});
-  if (col < cols) f(col, cols - col);
-}
-
 template <class T, Activation activation>
 void epilogue_of(const GemmEpilogue& call) {
   using A = accumulator_t<T>;

@@ -140,5 +140,14 @@ inline void store_lanes(T* to, typename Vec<A>::Register value, int64_t count) {
   }
 }
 
+// visit(i, lanes) over `count` elements; `lanes` is a constant but for the tail.
+template <class A, class F>
+inline void for_each_vector(int64_t count, const F& visit) {
+  constexpr int64_t width = Vec<A>::width;
+  int64_t i = 0;
+  for (; i + width <= count; i += width) visit(i, width);
+  if (i < count) visit(i, count - i);
+}
+
 }  // namespace
 }  // namespace mmk::MMK_TIER
