@@ -44,8 +44,27 @@ inline void poison(const Tensor& tensor) {
 
 inline constexpr std::int64_t max_dims = 16;
 
-// A new contiguous tensor on `like`'s device, of at most max_dims dimensions, through the C shim: half the cost of a
-// dispatcher call.
+// A new tensor on `like`'s device, of at most max_dims dimensions, through the C shim: half the cost of a dispatcher call.
+inline Tensor new_strided(const Tensor& like, const std::int64_t* sizes, const std::int64_t* strides, std::int64_t dims,
+                          std::int32_t dtype) {
+  std::int32_t device_type = 0, device_index = 0;
+  aoti_torch_get_device_type(like.get(), &device_type);
+  aoti_torch_get_device_index(like.get(), &device_index);
+  AtenTensorHandle handle = nullptr;
+  const auto status = aoti_torch_empty_strided(dims, sizes, strides, dtype, device_type, device_index, &handle);
+  if (status != TORCH_SUCCESS) {  // the C shim keeps torch's own words to itself
+    std::int64_t elements = 1;
+    for (std::int64_t i = 0; i < dims; ++i) elements *= sizes[i];
+    throw std::runtime_error("mmkernels out of memory: an output of " +
+                             std::to_string(elements * static_cast<std::int64_t>(aoti_torch_dtype_element_size(dtype))) +
+                             " bytes");
+  }
+  Tensor tensor(handle);
+  if (mmk_poisons_outputs()) poison(tensor);
+  return tensor;
+}
+
+// The same, contiguous.
 inline Tensor new_tensor(const Tensor& like, const std::int64_t* sizes, std::int64_t dims, std::int32_t dtype) {
   std::int64_t strides[max_dims];
   std::int64_t stride = 1;
@@ -53,19 +72,7 @@ inline Tensor new_tensor(const Tensor& like, const std::int64_t* sizes, std::int
     strides[i] = stride;
     stride *= std::max<std::int64_t>(1, sizes[i]);
   }
-  std::int32_t device_type = 0, device_index = 0;
-  aoti_torch_get_device_type(like.get(), &device_type);
-  aoti_torch_get_device_index(like.get(), &device_index);
-  AtenTensorHandle handle = nullptr;
-  const auto status = aoti_torch_empty_strided(dims, sizes, strides, dtype, device_type, device_index, &handle);
-  if (status != TORCH_SUCCESS) {  // the C shim keeps torch's own words to itself
-    throw std::runtime_error("mmkernels out of memory: an output of " +
-                             std::to_string(stride * static_cast<std::int64_t>(aoti_torch_dtype_element_size(dtype))) +
-                             " bytes");
-  }
-  Tensor tensor(handle);
-  if (mmk_poisons_outputs()) poison(tensor);
-  return tensor;
+  return new_strided(like, sizes, strides, dims, dtype);
 }
 
 inline Tensor new_tensor(const Tensor& like, std::initializer_list<std::int64_t> sizes, std::int32_t dtype) {

@@ -62,6 +62,41 @@ inline typename Vec<A>::Register exp(typename Vec<A>::Register x) {
   }
 }
 
+// exp(x) for x <= 0, as softmax needs it: 0 below -87.3365, and at -infinity.
+template <class A>
+inline typename Vec<A>::Register exp_of_negative(typename Vec<A>::Register x) {
+  if constexpr (is_double<A>) {
+    return exp<A>(x);
+  } else {
+    return exp_in_range<A>(Vec<A>::max(Vec<A>::set(-88.0f), x));
+  }
+}
+
+// log(x) of a positive normal number, one lane: x = 2^k m with m around 1, and log(m) = r + r^2 p(r), r = m - 1. Loops over
+// arrays of these become vectors by the compiler's own hand.
+inline double log_of_positive(double x) { return __builtin_log(x); }
+inline float log_of_positive(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  const uint32_t centred = bits - 0x3f3504f3u;  // sqrt(1/2): m lies between it and its double
+  const float k = static_cast<float>(static_cast<int32_t>(centred) >> 23);
+  const uint32_t mantissa = (centred & 0x007fffffu) + 0x3f3504f3u;
+  float m;
+  memcpy(&m, &mantissa, sizeof m);
+  const float r = m - 1.0f, square = r * r;
+  float p = 7.0376836292e-2f;
+  p = p * r - 1.1514610310e-1f;
+  p = p * r + 1.1676998740e-1f;
+  p = p * r - 1.2420140846e-1f;
+  p = p * r + 1.4249322787e-1f;
+  p = p * r - 1.6668057665e-1f;
+  p = p * r + 2.0000714765e-1f;
+  p = p * r - 2.4999993993e-1f;
+  p = p * r + 3.3333331174e-1f;
+  const float tail = p * r * square + k * -2.12194440e-4f - 0.5f * square;
+  return (r + tail) + k * 0.693359375f + (x - x);  // the last term keeps a NaN
+}
+
 // x + x p(x^2) near 0, 1 - exp(q(x)) further out, where q approximates log(erfc(x)).
 template <class A>
 inline typename Vec<A>::Register erf(typename Vec<A>::Register x) {

@@ -110,19 +110,38 @@ struct Vec;
 namespace mmk::MMK_TIER {
 namespace {
 
-// The first `count` lanes, the others zero.
+// Copies fewer than 64 bytes in pieces of powers of two: a call of memcpy costs more than they do.
+inline void copy_short(void* to, const void* from, size_t bytes) {
+  char* target = static_cast<char*>(to);
+  const char* source = static_cast<const char*>(from);
+  const auto piece = [&]<size_t size>() {
+    if (!(bytes & size)) return;
+    memcpy(target, source, size);
+    target += size;
+    source += size;
+  };
+  piece.template operator()<32>();
+  piece.template operator()<16>();
+  piece.template operator()<8>();
+  piece.template operator()<4>();
+  piece.template operator()<2>();
+}
+
+// The first `count` lanes, fewer than all, the others zero.
 template <class A, class T>
 inline typename Vec<A>::Register load_part(const T* from, int64_t count) {
+  if constexpr (requires { Vec<A>::load_first(from, count); }) return Vec<A>::load_first(from, count);
   T lanes[Vec<A>::width] = {};
-  memcpy(lanes, from, static_cast<size_t>(count) * sizeof(T));
+  copy_short(lanes, from, static_cast<size_t>(count) * sizeof(T));
   return Vec<A>::load(lanes);
 }
 
 template <class A, class T>
 inline void store_part(T* to, typename Vec<A>::Register value, int64_t count) {
+  if constexpr (requires { Vec<A>::store_first(to, value, count); }) return Vec<A>::store_first(to, value, count);
   T lanes[Vec<A>::width];
   Vec<A>::store(lanes, value);
-  memcpy(to, lanes, static_cast<size_t>(count) * sizeof(T));
+  copy_short(to, lanes, static_cast<size_t>(count) * sizeof(T));
 }
 
 // Whole vectors where there are `width` lanes left, the padded tail otherwise. Lanes past the end load as zero.

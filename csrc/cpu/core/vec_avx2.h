@@ -31,6 +31,10 @@ struct Vec<float> {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
   }
 
+  // The first `count` lanes, the others zero or left as they are.
+  static Register load_first(const float* from, int64_t count) { return _mm256_maskload_ps(from, first_lanes(count)); }
+  static void store_first(float* to, Register value, int64_t count) { _mm256_maskstore_ps(to, first_lanes(count), value); }
+
   // Stores, and answers what the storage type has made of the value.
   static Register store_rounded(float* to, Register value) {
     store(to, value);
@@ -206,6 +210,10 @@ struct Vec<float> {
     const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
     const __m256i unordered = _mm256_castps_si256(_mm256_cmp_ps(value, value, _CMP_UNORD_Q));
     return _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), unordered);
+  }
+
+  static __m256i first_lanes(int64_t count) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
   }
 
   static Register high_halves(__m256i bits) {

@@ -31,6 +31,10 @@ struct Vec<float> {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
   }
 
+  // The first `count` lanes, the others zero or left as they are.
+  static Register load_first(const float* from, int64_t count) { return _mm512_maskz_loadu_ps(first_lanes(count), from); }
+  static void store_first(float* to, Register value, int64_t count) { _mm512_mask_storeu_ps(to, first_lanes(count), value); }
+
   // Stores, and answers what the storage type has made of the value.
   static Register store_rounded(float* to, Register value) {
     store(to, value);
@@ -197,6 +201,8 @@ struct Vec<float> {
   static void stream_raw(float16* to, const float16* from) { stream_half(to, from); }
 
  private:
+  static __mmask16 first_lanes(int64_t count) { return static_cast<__mmask16>((1u << count) - 1); }
+
   static void stream_half(void* to, const void* from) {
     _mm256_stream_si256(static_cast<__m256i*>(to), _mm256_loadu_si256(static_cast<const __m256i*>(from)));
   }

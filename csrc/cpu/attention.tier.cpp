@@ -1,0 +1,347 @@
+// Attention of one tier, forward. Backward is attention_backward.tier.cpp's.
+#include "attention_products.h"
+#include "attention_scores.h"
+
+namespace mmk::MMK_TIER {
+
+#define MMK_ATTENTION_BACKWARD(type, name)                 \
+  int64_t name##_bytes(const AttentionBackward&);          \
+  void name(const AttentionBackward&, int64_t, int64_t, void*);
+MMK_ATTENTION_BACKWARD(float, attention_backward_float32)
+MMK_ATTENTION_BACKWARD(bfloat16, attention_backward_bfloat16)
+MMK_ATTENTION_BACKWARD(float16, attention_backward_float16)
+#if MMK_TIER_ID(MMK_TIER) == MMK_TIER_IS_generic
+MMK_ATTENTION_BACKWARD(double, attention_backward_float64)
+#endif
+
+namespace {
+
+// Panels whose scores one block of keys meets in a row, while it is in the second-level cache.
+inline constexpr int64_t group_panels = 4;
+inline constexpr int64_t forward_keys = 384;
+
+// One thread's walk over items: what it works in, and what it keeps from one item to the next.
+template <class T>
+class Forward {
+  using A = accumulator_t<T>;
+  using V = Vec<A>;
+  using Register = typename V::Register;
+  static constexpr int lanes = lanes_of<A>;
+
+ public:
+  explicit Forward(const AttentionCall& c) : call(c), addends(c), dropout(c) {
+    caches = addends.shared && !addends.by_key && c.batch_inside;
+    scores_at = 0;
+    const int64_t block = least((c.len_k + 7) / 8 * 8, forward_keys);  // a shorter sequence may have a longer one
+    int64_t end = block * lanes;
+    const auto take = [&](int64_t count) {
+      const int64_t at = end;
+      end += (count + 15) / 16 * 16;
+      return at;
+    };
+    panels_at = take(group_panels * c.dim * lanes);
+    outs_at = take(group_panels * c.value_dim * lanes);
+    keys_at = take(c.len_k * c.dim);
+    values_at = take(c.len_k * c.value_dim);
+    const int64_t panels = (c.block_rows + lanes - 1) / lanes;
+    addends_at = take(!addends.any ? 0 : addends.by_key ? c.len_k : caches ? panels * c.len_k * lanes : block * lanes);
+    elements = end;
+  }
+
+  int64_t bytes() const { return elements * static_cast<int64_t>(sizeof(A)); }
+
+  void run(int64_t begin, int64_t end, void* scratch) {
+    memory = static_cast<A*>(scratch);
+    for (int64_t item = begin; item < end; ++item) {
+      int64_t b, h, block;
+      if (call.batch_inside) {
+        b = item % call.batch;
+        block = item / call.batch % call.blocks;
+        h = item / call.batch / call.blocks;
+      } else {
+        block = item % call.blocks;
+        h = item / call.blocks % call.kv_heads;
+        b = item / call.blocks / call.kv_heads;
+      }
+      const Pair pair(call, b, h);
+      const int64_t row = block * call.block_rows;
+      if (row >= pair.rows) continue;
+      const bool staged_already = b == staged_b && h == staged_h;
+      if (!staged_already) stage(pair);
+      if (caches && !(h == cached_h && block == cached_block)) {
+        for (int64_t r = row; r < least(row + call.block_rows, pair.rows); r += lanes) {
+          const Panel<A> panel(pair, r, pair.rows);
+          make_addends(call, pair, panel, 0, pair.len_k, cached(r - row));
+        }
+        cached_h = h;
+        cached_block = block;
+      }
+      run_rows(pair, row, least(row + call.block_rows, pair.rows));
+    }
+  }
+
+ private:
+  // Equal blocks of a fixed number of keys at most: a call's scores are added up in an order that its Lk alone decides.
+  static int64_t key_block(int64_t len_k) {
+    const int64_t blocks = (len_k + forward_keys - 1) / forward_keys;
+    return blocks == 0 ? 0 : ((len_k + blocks - 1) / blocks + 7) / 8 * 8;
+  }
+
+  A* cached(int64_t row) const { return memory + addends_at + row * call.len_k; }
+
+  void stage(const Pair& pair) {
+    staged_b = pair.b;
+    staged_h = pair.h;
+    few = is_few<A>(pair.rows, call);
+    if (addends.by_key) make_key_addends(call, pair, memory + addends_at);
+    const bool plain = !pair.tokens && pair.len_k > 0;
+    // Few rows read their keys once, as they lie.
+    direct = few && plain && call.normalise == 0 && !call.gate;
+    if (direct || pair.len_k == 0) return;
+    const auto in_place = [&](const AttentionOperand& operand, int64_t channels) {
+      return plain && (operand.row == channels || pair.rows <= 2 * lanes);
+    };
+    if (call.normalise > 0) {
+      keys = staged<A, T, true>(pair, call.k, call.dim, false, memory + keys_at, [&](int64_t j) {
+        const A inverse = inverse_norm<A>(pair.key<T>(call.k, j), call.dim, call.normalise);
+        return inverse < 0 ? -inverse : inverse;
+      });
+    } else {
+      keys = staged<A, T, false>(pair, call.k, call.dim, in_place(call.k, call.dim), memory + keys_at, [](int64_t) { return A(1); });
+    }
+    if (call.gate) {
+      const int64_t base = pair.b * call.gate_batch + pair.h * call.gate_head + pair.first_k * call.gate_row;
+      values = staged<A, T, true>(pair, call.v, call.value_dim, false, memory + values_at, [&](int64_t j) {
+        return element_of<A>(call.gate, call.gate_number, base + j * call.gate_row);
+      });
+    } else {
+      values = staged<A, T, false>(pair, call.v, call.value_dim, in_place(call.v, call.value_dim), memory + values_at,
+                                   [](int64_t) { return A(1); });
+    }
+  }
+
+  struct State {
+    Register top[2], sum[2];
+  };
+
+  void run_rows(const Pair& pair, int64_t begin, int64_t end) {
+    const int64_t block = key_block(pair.len_k);
+    for (int64_t group = begin; group < end; group += group_panels * lanes) {
+      const int64_t count = least(group_panels, (end - group + lanes - 1) / lanes);
+      State states[group_panels];
+      for (int64_t p = 0; p < count; ++p) {
+        for (int v = 0; v < 2; ++v) {
+          states[p].top[v] = V::set(static_cast<A>(minus_infinity));
+          states[p].sum[v] = V::zero();
+        }
+        const Panel<A> panel(pair, group + p * lanes, end);
+        load_queries(pair, panel, memory + panels_at + p * call.dim * lanes);
+      }
+      bool started[group_panels] = {};
+      for (int64_t key = 0; key < pair.len_k; key += block) {
+        for (int64_t p = 0; p < count; ++p) {
+          const Panel<A> panel(pair, group + p * lanes, end);
+          const Intervals<A> intervals(call, pair, panel);
+          const int64_t first = most(key, intervals.first), last = least(least(key + block, pair.len_k), intervals.last);
+          if (first >= last) continue;
+          with_vectors(panel.vectors(), [&]<int vectors>() {
+            run_block<vectors>(pair, panel, intervals, p, group - begin + p * lanes, first, last, started[p], states[p]);
+          });
+          started[p] = true;
+        }
+      }
+      for (int64_t p = 0; p < count; ++p) finish(pair, Panel<A>(pair, group + p * lanes, end), p, started[p], states[p]);
+    }
+  }
+
+  void load_queries(const Pair& pair, const Panel<A>& panel, A* to) {
+    const auto row = [&](int64_t lane) { return pair.at<T>(call.q, panel.head[lane], panel.query[lane], pair.first_q); };
+    if (few) {
+      for (int64_t r = 0; r < panel.count; ++r) {
+        const T* from = row(r);
+        A factor = scale_of(panel.head[r]);
+        if (call.normalise > 0) {
+          const A inverse = inverse_norm<A>(from, call.dim, call.normalise);
+          factor *= inverse < 0 ? -inverse : inverse;
+        }
+        const Register factors = V::set(factor);
+        for (int64_t k = 0; k < call.dim; k += V::width) V::store(to + r * call.dim + k, V::load(from + k) * factors);
+      }
+      return;
+    }
+    to_lanes<A, T>(panel.vectors(), panel.count, call.dim, to, row);
+    A factors[lanes];
+    for (int64_t lane = 0; lane < lanes; ++lane) {
+      factors[lane] = scale_of(panel.head[lane]);
+      if (call.normalise > 0 && lane < panel.count) {
+        const A inverse = inverse_norm<A>(row(lane), call.dim, call.normalise);
+        factors[lane] *= inverse < 0 ? -inverse : inverse;
+      }
+    }
+    for (int v = 0; v < panel.vectors(); ++v) {
+      const Register factor = V::load(factors + v * V::width);
+      for (int64_t k = 0; k < call.dim; ++k) {
+        A* at = to + k * lanes + v * V::width;
+        V::store(at, V::load(at) * factor);
+      }
+    }
+  }
+
+  A scale_of(int64_t head) const {
+    return call.head_scale ? static_cast<const A*>(call.head_scale)[head] : static_cast<A>(call.scale);
+  }
+
+  // Keys [first, last) of one panel: scores, softmax as far as it is known, weighted values.
+  template <int vectors>
+  void run_block(const Pair& pair, const Panel<A>& panel, const Intervals<A>& intervals, int64_t p, int64_t row_in_block,
+                 int64_t first, int64_t last, bool started, State& state) {
+    A* scores = memory + scores_at;
+    const A* queries = memory + panels_at + p * call.dim * lanes;
+    A* outs = memory + outs_at + p * call.value_dim * lanes;
+    const int64_t count = last - first;
+    if (!few) {
+      score_panel<A, vectors>(keys, first, last, call.dim, queries, scores);
+    } else if (direct) {
+      score_few<A>(pair.key<T>(call.k, first), call.k.row, count, queries, panel.count, call.dim, scores);
+    } else {
+      score_few<A>(keys.data + first * keys.row, keys.row, count, queries, panel.count, call.dim, scores);
+    }
+    if (call.softcap > 0) apply_softcap<A, vectors>(call.softcap, count, scores);
+    if (addends.any) {
+      const A* added = memory + addends_at;
+      if (addends.by_key) {
+        added += first;
+      } else if (caches) {
+        added = cached(row_in_block) + first * lanes;
+      } else {
+        make_addends(call, pair, panel, first, last, memory + addends_at);
+      }
+      add_addends<A, vectors>(added, addends.by_key, count, scores);
+    }
+    if (pair.regions) add_regions<A, vectors>(pair, panel, call.windows.region_bias, first, last, scores);
+    if (intervals.cuts(first, last)) apply_intervals<A, vectors>(intervals, first, last, scores);
+
+    Register top[vectors], rescale[vectors], chains[4][vectors];  // four sums: they are more exact than one, and wait less
+    for (int v = 0; v < vectors; ++v) top[v] = state.top[v];
+    for (int64_t j = 0; j < count; ++j)
+      for (int v = 0; v < vectors; ++v) top[v] = V::max(top[v], V::load(scores + j * lanes + v * V::width));
+    for (int v = 0; v < vectors; ++v) {
+      // Rows that have seen nothing yet have no largest score: from 0 their scores of -infinity give 0.
+      const Register before = state.top[v];
+      state.top[v] = top[v];
+      top[v] = V::select(V::less_equal(V::set(lowest()), top[v]), top[v], V::zero());
+      rescale[v] = exp_of_negative<A>(before - top[v]);
+      chains[0][v] = started ? state.sum[v] * rescale[v] : V::zero();
+      for (int chain = 1; chain < 4; ++chain) chains[chain][v] = V::zero();
+    }
+    const auto weigh = [&](int64_t j, int chain) {
+      for (int v = 0; v < vectors; ++v) {
+        A* at = scores + j * lanes + v * V::width;
+        const Register weight = exp_of_negative<A>(V::load(at) - top[v]);
+        chains[chain][v] = chains[chain][v] + weight;
+        V::store(at, weight);
+      }
+    };
+    int64_t next = 0;
+    for (; next + 4 <= count; next += 4)
+      for (int chain = 0; chain < 4; ++chain) weigh(next + chain, chain);
+    for (; next < count; ++next) weigh(next, 0);
+    for (int v = 0; v < vectors; ++v) state.sum[v] = (chains[0][v] + chains[1][v]) + (chains[2][v] + chains[3][v]);
+    if (dropout.any) dropout.apply(call, pair, panel, first, last, scores, scores);
+
+    if (few) {
+      if (started) {
+        A factors[lanes];
+        V::store(factors, rescale[0]);
+        for (int64_t r = 0; r < panel.count; ++r)
+          for (int64_t k = 0; k < call.value_dim; k += V::width) {
+            A* at = outs + r * call.value_dim + k;
+            V::store(at, V::load(at) * V::set(factors[r]));
+          }
+      }
+      if (direct) {
+        weigh_few<A>(pair.key<T>(call.v, first), call.v.row, count, scores, panel.count, call.value_dim, started, outs);
+      } else {
+        weigh_few<A>(values.data + first * values.row, values.row, count, scores, panel.count, call.value_dim, started, outs);
+      }
+      return;
+    }
+    if (started) {
+      for (int64_t k = 0; k < call.value_dim; ++k)
+        for (int v = 0; v < vectors; ++v) {
+          A* at = outs + k * lanes + v * V::width;
+          V::store(at, V::load(at) * rescale[v]);
+        }
+    }
+    weigh_panel<A, vectors>(values, first, last, call.value_dim, scores, started, outs);
+  }
+
+  static A lowest() { return is_double<A> ? static_cast<A>(-__DBL_MAX__) : static_cast<A>(-__FLT_MAX__); }
+
+  void finish(const Pair& pair, const Panel<A>& panel, int64_t p, bool started, const State& state) {
+    A tops[lanes], sums[lanes], logs[lanes], factors[lanes];
+    for (int v = 0; v < 2; ++v) {
+      V::store(tops + v * V::width, state.top[v]);
+      V::store(sums + v * V::width, state.sum[v]);
+    }
+    for (int lane = 0; lane < lanes; ++lane) logs[lane] = log_of_positive(sums[lane]);
+    const A* outs = memory + outs_at + p * call.value_dim * lanes;
+    A* lse = static_cast<A*>(call.lse);
+    for (int64_t lane = 0; lane < panel.count; ++lane) {
+      const bool nothing = !started || sums[lane] == A(0);
+      factors[lane] = nothing ? A(0) : A(1) / sums[lane];
+      lse[pair.b * call.lse_batch + panel.head[lane] * call.lse_head + (pair.first_q + panel.query[lane]) * call.lse_row] =
+          nothing ? static_cast<A>(minus_infinity) : tops[lane] + logs[lane];
+    }
+    for (int64_t lane = panel.count; lane < lanes; ++lane) factors[lane] = A(0);
+    const auto row = [&](int64_t lane) -> T* {
+      if (!pair.inside(panel.query[lane])) return nullptr;
+      return pair.at<T>(call.out, panel.head[lane], panel.query[lane], pair.first_q);
+    };
+    if (!started) {
+      for (int64_t lane = 0; lane < panel.count; ++lane)
+        if (T* to = row(lane)) memset(to, 0, static_cast<size_t>(call.value_dim) * sizeof(T));
+    } else if (few) {
+      for (int64_t r = 0; r < panel.count; ++r)
+        if (T* to = row(r))
+          for (int64_t k = 0; k < call.value_dim; k += V::width)
+            V::store(to + k, V::load(outs + r * call.value_dim + k) * V::set(factors[r]));
+    } else {
+      from_lanes<A, T>(panel.vectors(), panel.count, call.value_dim, outs, factors, row);
+    }
+  }
+
+  const AttentionCall& call;
+  const Addends addends;
+  const Dropout dropout;
+  bool caches, few = false, direct = false;
+  int64_t scores_at, panels_at, outs_at, keys_at, values_at, addends_at, elements;
+  A* memory = nullptr;
+  int64_t staged_b = -1, staged_h = -1, cached_h = -1, cached_block = -1;
+  Staged<A> keys{}, values{};
+};
+
+template <class T>
+int64_t forward_bytes(const AttentionCall& call) {
+  return Forward<T>(call).bytes();
+}
+
+template <class T>
+void forward(const AttentionCall& call, int64_t begin, int64_t end, void* scratch) {
+  Forward<T>(call).run(begin, end, scratch);
+}
+
+}  // namespace
+
+const AttentionTier attention_kernels = {{
+    {forward_bytes<float>, attention_backward_float32_bytes, forward<float>, attention_backward_float32},
+    {forward_bytes<bfloat16>, attention_backward_bfloat16_bytes, forward<bfloat16>, attention_backward_bfloat16},
+    {forward_bytes<float16>, attention_backward_float16_bytes, forward<float16>, attention_backward_float16},
+#if MMK_TIER_ID(MMK_TIER) == MMK_TIER_IS_generic
+    {forward_bytes<double>, attention_backward_float64_bytes, forward<double>, attention_backward_float64},
+#else
+    {},
+#endif
+}};
+
+}  // namespace mmk::MMK_TIER

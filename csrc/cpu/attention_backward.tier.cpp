@@ -1,0 +1,480 @@
+// Attention of one tier, backward: the weights are computed again from the logarithms of their sums. With W the weights, dO
+// the gradient of the output and centre = row sums of dO O - dlse:
+//   dV = W^T dO ;  dS = W (dO V^T - centre) ;  dK = dS^T Q ;  dQ = dS K ;  dbias = dS
+// A task owns dK and dV of its pairs, and dQ of its rows; blocks of keys outermost, panels of rows inside.
+#include "attention_products.h"
+#include "attention_scores.h"
+
+namespace mmk::MMK_TIER {
+namespace {
+
+// Panels whose weights one product over rows takes together, and keys of a block: they fill half of a second-level cache.
+inline constexpr int64_t gathered_panels = 4;
+inline constexpr int64_t backward_keys = 256;
+
+template <class T>
+class Backward {
+  using A = accumulator_t<T>;
+  using V = Vec<A>;
+  using Register = typename V::Register;
+  static constexpr int lanes = lanes_of<A>;
+
+ public:
+  explicit Backward(const AttentionBackward& backward)
+      : back(backward), call(backward.call), addends(backward.call), dropout(backward.call) {
+    const int64_t rows = (call.heads / call.kv_heads * call.len_q + back.splits - 1) / back.splits;
+    const int64_t panels = rows / lanes + 2;
+    const int64_t block = least((call.len_k + 7) / 8 * 8, backward_keys) * lanes;
+    dim = padded(call.dim);
+    value_dim = padded(call.value_dim);
+    int64_t end = 0;
+    const auto take = [&](int64_t count) {
+      const int64_t at = end;
+      end += (count + 15) / 16 * 16;
+      return at;
+    };
+    weights_at = take(gathered_panels * block);
+    grads_at = take(gathered_panels * block);
+    dropped_at = dropout.any ? take(gathered_panels * block) : weights_at;
+    capped_at = take(call.softcap > 0 ? block : 0);
+    keys_at = take(call.len_k * call.dim);
+    values_at = take(call.len_k * call.value_dim);
+    key_factors_at = take(call.normalise > 0 ? call.len_k : 0);
+    grad_keys_at = take(block / lanes * dim);
+    grad_values_at = take(block / lanes * value_dim);
+    query_rows_at = take(panels * lanes * dim);
+    out_rows_at = take(panels * lanes * value_dim);
+    query_panels_at = take(panels * lanes * call.dim);
+    out_panels_at = take(panels * lanes * call.value_dim);
+    grad_panels_at = take(panels * lanes * call.dim);
+    lse_at = take(panels * lanes);
+    centre_at = take(panels * lanes);
+    row_factors_at = take(panels * lanes);
+    row_at = take(lanes * call.dim);
+    addends_at = take(!addends.any ? 0 : addends.by_key ? call.len_k : block);
+    elements = end;
+  }
+
+  int64_t bytes() const { return elements * static_cast<int64_t>(sizeof(A)); }
+
+  void run(int64_t begin, int64_t end, void* scratch) {
+    memory = static_cast<A*>(scratch);
+    const int64_t members = (back.group_batch ? call.batch : 1) * (back.group_heads ? call.kv_heads : 1);
+    const int64_t run_length = (members + back.chunks - 1) / back.chunks;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t split = task % back.splits, chunk = task / back.splits % back.chunks;
+      const int64_t group = task / back.splits / back.chunks;
+      for (int64_t m = chunk * run_length; m < least((chunk + 1) * run_length, members); ++m) {
+        int64_t b, h;
+        if (back.group_batch && back.group_heads) {
+          b = m / call.kv_heads;
+          h = m % call.kv_heads;
+        } else if (back.group_batch) {
+          b = m;
+          h = group;
+        } else if (back.group_heads) {
+          b = group;
+          h = m;
+        } else {
+          b = group / call.kv_heads;
+          h = group % call.kv_heads;
+        }
+        run_pair(Pair(call, b, h), chunk, split);
+      }
+    }
+  }
+
+ private:
+  static int64_t padded(int64_t channels) { return (channels + V::width - 1) / V::width * V::width; }
+
+  static int64_t key_block(int64_t len_k) {
+    const int64_t blocks = (len_k + backward_keys - 1) / backward_keys;
+    return blocks == 0 ? 1 : ((len_k + blocks - 1) / blocks + 7) / 8 * 8;
+  }
+
+  void run_pair(const Pair& pair, int64_t chunk, int64_t split) {
+    const int64_t part = (pair.rows + back.splits - 1) / back.splits;
+    const int64_t begin = least(split * part, pair.rows), end = least(begin + part, pair.rows);
+    few = is_few<A>(end - begin, call);
+    number = pair.b * call.kv_heads + pair.h;
+    if (back.grad_pad) {
+      A* pad = static_cast<A*>(back.grad_pad) + number * (call.dim + call.value_dim);
+      for (int64_t k = 0; k < call.dim + call.value_dim; ++k) pad[k] = A(0);
+    }
+    stage_keys(pair);
+    stage_rows(pair, begin, end);
+    const int64_t block = key_block(pair.len_k);
+    for (int64_t key = 0; key < pair.len_k; key += block) {
+      const int64_t count = least(block, pair.len_k - key);
+      bool started = false;
+      for (int64_t row = begin; row < end; row += gathered_panels * lanes) {
+        const int64_t panels = least(gathered_panels, (end - row + lanes - 1) / lanes);
+        bool seen[gathered_panels], any = false;
+        for (int64_t p = 0; p < panels; ++p) {
+          const Intervals<A> intervals(call, pair, Panel<A>(pair, row + p * lanes, end));
+          seen[p] = most(key, intervals.first) < least(key + count, intervals.last);
+          any = any || seen[p];
+        }
+        if (!any) continue;
+        for (int64_t p = 0; p < panels; ++p) {
+          if (seen[p]) {
+            const Panel<A> panel(pair, row + p * lanes, end);
+            with_vectors(panel.vectors(), [&]<int vectors>() {
+              run_panel<vectors>(pair, panel, row - begin + p * lanes, p, key, key + count, chunk);
+            });
+          } else {
+            for (A* buffer : {dropped(p, count), grads(p, count)})
+              for (int64_t i = 0; i < count * lanes; ++i) buffer[i] = A(0);
+          }
+        }
+        const int64_t last = end - row - (panels - 1) * lanes < lanes ? end - row - (panels - 1) * lanes : lanes;
+        gather_panels<A>(dropped(0, count), count * lanes, panels, last, count, memory + out_rows_at + (row - begin) * value_dim,
+                         call.value_dim, started, memory + grad_values_at);
+        gather_panels<A>(grads(0, count), count * lanes, panels, last, count, memory + query_rows_at + (row - begin) * dim,
+                         call.dim, started, memory + grad_keys_at);
+        started = true;
+      }
+      store_keys(pair, split, key, count, started);
+    }
+    for (int64_t row = begin; row < end; row += lanes) store_queries(pair, Panel<A>(pair, row, end), row - begin);
+  }
+
+  // What lies in them is packed to the keys that a block has.
+  A* weights(int64_t p, int64_t count) const { return memory + weights_at + p * count * lanes; }
+  A* grads(int64_t p, int64_t count) const { return memory + grads_at + p * count * lanes; }
+  A* dropped(int64_t p, int64_t count) const { return memory + dropped_at + p * count * lanes; }
+
+  int64_t gate_at(const Pair& pair, int64_t j) const {
+    return pair.b * call.gate_batch + pair.h * call.gate_head + (pair.first_k + j) * call.gate_row;
+  }
+  A gate_of(const Pair& pair, int64_t j) const { return element_of<A>(call.gate, call.gate_number, gate_at(pair, j)); }
+
+  void stage_keys(const Pair& pair) {
+    if (addends.by_key) make_key_addends(call, pair, memory + addends_at);
+    if (pair.len_k == 0) return;
+    const auto in_place = [&](const AttentionOperand& operand, int64_t channels) {
+      return !pair.tokens && (operand.row == channels || pair.rows <= 2 * lanes);
+    };
+    const auto one = [](int64_t) { return A(1); };
+    if (call.normalise > 0) {
+      A* factors = memory + key_factors_at;
+      for (int64_t j = 0; j < pair.len_k; ++j) factors[j] = inverse_norm<A>(pair.key<T>(call.k, j), call.dim, call.normalise);
+      keys = staged<A, T, true>(pair, call.k, call.dim, false, memory + keys_at,
+                                [&](int64_t j) { return factors[j] < 0 ? -factors[j] : factors[j]; });
+    } else {
+      keys = staged<A, T, false>(pair, call.k, call.dim, in_place(call.k, call.dim), memory + keys_at, one);
+    }
+    if (call.gate) {
+      values = staged<A, T, true>(pair, call.v, call.value_dim, false, memory + values_at,
+                                  [&](int64_t j) { return gate_of(pair, j); });
+    } else {
+      values = staged<A, T, false>(pair, call.v, call.value_dim, in_place(call.v, call.value_dim), memory + values_at, one);
+    }
+  }
+
+  A scale_of(int64_t head) const {
+    return call.head_scale ? static_cast<const A*>(call.head_scale)[head] : static_cast<A>(call.scale);
+  }
+
+  // Queries (scaled) and gradients of the output, row by row and by panels; what else belongs to a row.
+  void stage_rows(const Pair& pair, int64_t begin, int64_t end) {
+    A *lse = memory + lse_at, *centre = memory + centre_at, *row_factors = memory + row_factors_at;
+    for (int64_t first = begin; first < end; first += lanes) {
+      const Panel<A> panel(pair, first, end);
+      for (int64_t lane = 0; lane < lanes; ++lane) {
+        const int64_t r = first - begin + lane;
+        A *query = memory + query_rows_at + r * dim, *grad = memory + out_rows_at + r * value_dim;
+        if (lane >= panel.count) {
+          lse[r] = static_cast<A>(-minus_infinity);
+          centre[r] = A(0);
+          continue;
+        }
+        const int64_t head = panel.head[lane], i = panel.query[lane];
+        const T* from = pair.at<T>(call.q, head, i, pair.first_q);
+        A factor = scale_of(head);
+        row_factors[r] = A(1);
+        if (call.normalise > 0) {
+          row_factors[r] = inverse_norm<A>(from, call.dim, call.normalise);
+          factor *= row_factors[r] < 0 ? -row_factors[r] : row_factors[r];
+        }
+        for (int64_t k = 0; k < call.dim; k += V::width)
+          V::store(query + k, load_lanes<A>(from + k, least(call.dim - k, V::width)) * V::set(factor));
+        if (pair.inside(i)) {
+          const T* upstream = pair.at<T>(back.grad_out, head, i, pair.first_q);
+          const T* out = pair.at<T>(call.out, head, i, pair.first_q);
+          for (int64_t k = 0; k < call.value_dim; k += V::width)
+            V::store(grad + k, load_lanes<A>(upstream + k, least(call.value_dim - k, V::width)));
+          centre[r] = sum_over<A>(call.value_dim, [&](Register sum, int64_t k, int64_t count) {
+            return V::fma(load_lanes<A>(out + k, count), load_lanes<A>(grad + k, count), sum);
+          });
+        } else {
+          for (int64_t k = 0; k < value_dim; ++k) grad[k] = A(0);
+          centre[r] = A(0);
+        }
+        const int64_t at = pair.b * call.lse_batch + head * call.lse_head + (pair.first_q + i) * call.lse_row;
+        lse[r] = static_cast<const A*>(call.lse)[at];
+        if (lse[r] == static_cast<A>(minus_infinity)) {
+          lse[r] = static_cast<A>(-minus_infinity);
+        } else if (back.grad_lse) {
+          centre[r] -= static_cast<const A*>(back.grad_lse)[at];
+        }
+      }
+      if (few) continue;
+      const int64_t at = first - begin;
+      to_lanes<A, A>(panel.vectors(), panel.count, call.dim, memory + query_panels_at + at * call.dim,
+                     [&](int64_t lane) { return memory + query_rows_at + (at + lane) * dim; });
+      to_lanes<A, A>(panel.vectors(), panel.count, call.value_dim, memory + out_panels_at + at * call.value_dim,
+                     [&](int64_t lane) { return memory + out_rows_at + (at + lane) * value_dim; });
+    }
+    A* sums = memory + grad_panels_at;
+    for (int64_t i = 0; i < (end - begin + lanes - 1) / lanes * lanes * call.dim; ++i) sums[i] = A(0);
+  }
+
+  // Weights and gradients of the scores of one panel and the keys [first, last), and what follows of them for its queries.
+  template <int vectors>
+  void run_panel(const Pair& pair, const Panel<A>& panel, int64_t row, int64_t p, int64_t first, int64_t last, int64_t chunk) {
+    const int64_t count = last - first;
+    A *weight = weights(p, count), *grad = grads(p, count), *capped = memory + capped_at;
+    const A* queries = memory + query_rows_at + row * dim;
+    const A* upstream = memory + out_rows_at + row * value_dim;
+    if (few) {
+      score_few<A>(keys.data + first * keys.row, keys.row, count, queries, panel.count, call.dim, weight);
+      score_few<A>(values.data + first * values.row, values.row, count, upstream, panel.count, call.value_dim, grad);
+    } else {
+      score_panel<A, vectors>(keys, first, last, call.dim, memory + query_panels_at + row * call.dim, weight);
+      score_panel<A, vectors>(values, first, last, call.value_dim, memory + out_panels_at + row * call.value_dim, grad);
+    }
+    if (call.softcap > 0) {
+      apply_softcap<A, vectors>(call.softcap, count, weight);
+      memcpy(capped, weight, static_cast<size_t>(count * lanes) * sizeof(A));
+    }
+    if (addends.any) {
+      A* added = memory + addends_at;
+      if (!addends.by_key) make_addends(call, pair, panel, first, last, added);
+      add_addends<A, vectors>(addends.by_key ? added + first : added, addends.by_key, count, weight);
+    }
+    if (pair.regions) add_regions<A, vectors>(pair, panel, call.windows.region_bias, first, last, weight);
+    const Intervals<A> intervals(call, pair, panel);
+    if (intervals.cuts(first, last)) apply_intervals<A, vectors>(intervals, first, last, weight);
+
+    Register lse[vectors], centre[vectors];
+    for (int v = 0; v < vectors; ++v) {
+      lse[v] = V::load(memory + lse_at + row + v * V::width);
+      centre[v] = V::load(memory + centre_at + row + v * V::width);
+    }
+    if (dropout.any) dropout.apply(call, pair, panel, first, last, grad, grad);
+    for (int64_t j = 0; j < count; ++j)
+      for (int v = 0; v < vectors; ++v) {
+        const int64_t at = j * lanes + v * V::width;
+        const Register w = exp_of_negative<A>(V::load(weight + at) - lse[v]);
+        V::store(weight + at, w);
+        V::store(grad + at, w * (V::load(grad + at) - centre[v]));
+      }
+    if (dropout.any) dropout.apply(call, pair, panel, first, last, weight, dropped(p, count));
+    if (back.grad_bias) add_to_bias<vectors>(pair, panel, first, last, chunk, grad);
+    if (call.softcap > 0) {
+      const Register inverse = V::set(static_cast<A>(1 / call.softcap)), one = V::set(A(1));
+      for (int64_t j = 0; j < count; ++j)
+        for (int v = 0; v < vectors; ++v) {
+          const int64_t at = j * lanes + v * V::width;
+          const Register ratio = V::load(capped + at) * inverse;
+          V::store(grad + at, V::load(grad + at) * (one - ratio * ratio));
+        }
+    }
+    A* sums = memory + grad_panels_at + row * call.dim;
+    if (few) {
+      weigh_few<A>(keys.data + first * keys.row, keys.row, count, grad, panel.count, call.dim, true, sums);
+    } else {
+      weigh_panel<A, vectors>(keys, first, last, call.dim, grad, true, sums);
+    }
+  }
+
+  // Adds a panel's gradients of scores to those of the bias, row after row: rows that share a bias are added in their order.
+  // A bias that is broadcast over queries or keys has long sums, kept in double.
+  template <int vectors>
+  void add_to_bias(const Pair& pair, const Panel<A>& panel, int64_t first, int64_t last, int64_t chunk, const A* grad) const {
+    const int64_t count = last - first, base = chunk * back.bias_chunk + pair.b * back.bias_batch;
+    const auto row = [&](int64_t lane) {
+      return base + panel.head[lane] * back.bias_head + panel.query[lane] * back.bias_row + first * back.bias_col;
+    };
+    if (back.bias_col == 0) {
+      A sums[lanes];
+      for (int v = 0; v < vectors; ++v) {
+        Register chains[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
+        for (int64_t j = 0; j < count; ++j) chains[j % 4] = chains[j % 4] + V::load(grad + j * lanes + v * V::width);
+        V::store(sums + v * V::width, (chains[0] + chains[1]) + (chains[2] + chains[3]));
+      }
+      for (int64_t lane = 0; lane < panel.count; ++lane) static_cast<double*>(back.grad_bias)[row(lane)] += static_cast<double>(sums[lane]);
+      return;
+    }
+    if (back.bias_row == 0) {
+      for (int64_t begin = 0; begin < panel.count;) {  // the lanes of one head together; those beyond `count` are 0
+        int64_t end = begin + 1;
+        while (end < panel.count && panel.head[end] == panel.head[begin]) ++end;
+        double* to = static_cast<double*>(back.grad_bias) + row(begin);
+        for (int64_t j = 0; j < count; ++j) {
+          A sum = A(0);
+          if (begin == 0 && end == panel.count) {
+            for (int v = 0; v < vectors; ++v) sum += V::sum(V::load(grad + j * lanes + v * V::width));
+          } else {
+            for (int64_t lane = begin; lane < end; ++lane) sum += grad[j * lanes + lane];
+          }
+          to[j] += static_cast<double>(sum);
+        }
+        begin = end;
+      }
+      return;
+    }
+    A* sums = static_cast<A*>(back.grad_bias);
+    for (int v = 0; v < vectors; ++v)
+      for (int64_t j = 0; j < count; j += V::width) {
+        const int64_t left = least(count - j, V::width);
+        Register square[V::width];
+        for (int i = 0; i < V::width; ++i)
+          square[i] = i < left ? V::load(grad + (j + i) * lanes + v * V::width) : V::zero();
+        V::transpose(square);
+        for (int i = 0; i < V::width; ++i) {
+          const int64_t lane = v * V::width + i;
+          if (lane >= panel.count) break;
+          A* to = sums + row(lane) + j;
+          store_lanes<A>(to, load_lanes<A>(to, left) + square[i], left);
+        }
+      }
+  }
+
+  // dK and dV of the keys [first, first + count), from the sums of a block; zero where no row saw any of them.
+  void store_keys(const Pair& pair, int64_t split, int64_t first, int64_t count, bool started) {
+    A *of_keys = memory + grad_keys_at, *of_values = memory + grad_values_at;
+    if (!started) {
+      for (int64_t i = 0; i < count * dim; ++i) of_keys[i] = A(0);
+      for (int64_t i = 0; i < count * value_dim; ++i) of_values[i] = A(0);
+    }
+    if (back.splits > 1) {
+      const int64_t pairs = call.batch * call.kv_heads, at = (split * pairs + number) * call.len_k + first;
+      A *to_keys = static_cast<A*>(back.partial_k) + at * call.dim, *to_values = static_cast<A*>(back.partial_v) + at * call.value_dim;
+      for (int64_t j = 0; j < count; ++j) {
+        memcpy(to_keys + j * call.dim, of_keys + j * dim, static_cast<size_t>(call.dim) * sizeof(A));
+        memcpy(to_values + j * call.value_dim, of_values + j * value_dim, static_cast<size_t>(call.value_dim) * sizeof(A));
+      }
+      return;
+    }
+    A* pad = static_cast<A*>(back.grad_pad);
+    if (pad) pad += number * (call.dim + call.value_dim);
+    for (int64_t j = 0; j < count; ++j) {
+      A *grad = of_keys + j * dim, *value_grad = of_values + j * value_dim;
+      const int64_t key = first + j;
+      if (call.normalise > 0) along_sphere(keys.data + key * keys.row, (memory + key_factors_at)[key], grad);
+      if (call.gate) {
+        const T* value = pair.key<T>(call.v, key);
+        if (back.grad_gate) {
+          const A product = sum_over<A>(call.value_dim, [&](Register sum, int64_t k, int64_t width) {
+            return V::fma(load_lanes<A>(value + k, width), load_lanes<A>(value_grad + k, width), sum);
+          });
+          static_cast<A*>(back.grad_gate)[pair.b * back.grad_gate_batch + pair.h * back.grad_gate_head +
+                                          (pair.first_k + key) * back.grad_gate_row] = product;
+        }
+        const Register factor = V::set(gate_of(pair, key));
+        for (int64_t k = 0; k < value_dim; k += V::width) V::store(value_grad + k, V::load(value_grad + k) * factor);
+      }
+      if (!pair.inside(key)) {
+        if (pad == nullptr) continue;
+        for (int64_t k = 0; k < call.dim; ++k) pad[k] += grad[k];
+        for (int64_t k = 0; k < call.value_dim; ++k) pad[call.dim + k] += value_grad[k];
+        continue;
+      }
+      store_row(grad, call.dim, pair.key<T>(back.grad_k, key));
+      store_row(value_grad, call.value_dim, pair.key<T>(back.grad_v, key));
+    }
+  }
+
+  static void store_row(const A* from, int64_t channels, T* to) {
+    for_each_vector<A>(channels, [&](int64_t k, int64_t width) { store_lanes<A>(to + k, load_lanes<A>(from + k, width), width); });
+  }
+
+  // The gradient of x from that of its unit vector: what lies across it, over its norm. `unit` is x times |factor|.
+  void along_sphere(const A* unit, A factor, A* grad) const {
+    A along = A(0);
+    if (factor > 0) {
+      along = sum_over<A>(call.dim, [&](Register sum, int64_t k, int64_t width) {
+        return V::fma(load_lanes<A>(unit + k, width), load_lanes<A>(grad + k, width), sum);
+      });
+    }
+    const Register part = V::set(-along), scale = V::set(factor < 0 ? -factor : factor);
+    for_each_vector<A>(call.dim, [&](int64_t k, int64_t width) {
+      const Register across = V::fma(part, load_lanes<A>(unit + k, width), load_lanes<A>(grad + k, width));
+      store_lanes<A>(grad + k, across * scale, width);
+    });
+  }
+
+  void store_queries(const Pair& pair, const Panel<A>& panel, int64_t row) {
+    const A* sums = memory + grad_panels_at + row * call.dim;
+    const auto to = [&](int64_t lane) -> T* {
+      if (!pair.inside(panel.query[lane])) return nullptr;
+      return pair.at<T>(back.grad_q, panel.head[lane], panel.query[lane], pair.first_q);
+    };
+    A factors[lanes];
+    for (int64_t lane = 0; lane < lanes; ++lane) factors[lane] = scale_of(panel.head[lane]);
+    if (call.normalise == 0 && back.grad_scale == nullptr && !few)
+      return from_lanes<A, T>(panel.vectors(), panel.count, call.dim, sums, factors, to);
+    A* rows = memory + row_at;
+    if (few) {
+      memcpy(rows, sums, static_cast<size_t>(panel.count * call.dim) * sizeof(A));
+    } else {
+      A ones[lanes];
+      for (A& one : ones) one = A(1);
+      from_lanes<A, A>(panel.vectors(), panel.count, call.dim, sums, ones, [&](int64_t lane) { return rows + lane * call.dim; });
+    }
+    for (int64_t lane = 0; lane < panel.count; ++lane) {
+      A* grad = rows + lane * call.dim;
+      T* result = to(lane);
+      if (result == nullptr) continue;
+      const T* query = pair.at<T>(call.q, panel.head[lane], panel.query[lane], pair.first_q);
+      const A factor = (memory + row_factors_at)[row + lane], size = factor < 0 ? -factor : factor;
+      A* unit = memory + query_rows_at + (row + lane) * dim;
+      for_each_vector<A>(call.dim, [&](int64_t k, int64_t width) {
+        store_lanes<A>(unit + k, load_lanes<A>(query + k, width) * V::set(size), width);
+      });
+      if (back.grad_scale) {
+        const A product = sum_over<A>(call.dim, [&](Register sum, int64_t k, int64_t width) {
+          return V::fma(load_lanes<A>(unit + k, width), load_lanes<A>(grad + k, width), sum);
+        });
+        static_cast<A*>(back.grad_scale)[pair.b * call.heads + panel.head[lane]] += product;
+      }
+      const Register scale = V::set(factors[lane]);
+      for_each_vector<A>(call.dim, [&](int64_t k, int64_t width) {
+        store_lanes<A>(grad + k, load_lanes<A>(grad + k, width) * scale, width);
+      });
+      if (call.normalise > 0) along_sphere(unit, factor, grad);
+      store_row(grad, call.dim, result);
+    }
+  }
+
+  const AttentionBackward& back;
+  const AttentionCall& call;
+  const Addends addends;
+  const Dropout dropout;
+  bool few = false;
+  int64_t number = 0;  // of the pair
+  int64_t dim, value_dim;  // padded to whole vectors
+  int64_t weights_at, grads_at, dropped_at, capped_at, keys_at, values_at, key_factors_at, grad_keys_at, grad_values_at,
+      query_rows_at, out_rows_at, query_panels_at, out_panels_at, grad_panels_at, lse_at, centre_at, row_factors_at, row_at,
+      addends_at, elements;
+  A* memory = nullptr;
+  Staged<A> keys{}, values{};
+};
+
+}  // namespace
+
+#define MMK_ATTENTION_BACKWARD(type, name)                                                                \
+  int64_t name##_bytes(const AttentionBackward& call) { return Backward<type>(call).bytes(); }            \
+  void name(const AttentionBackward& call, int64_t begin, int64_t end, void* scratch) {                   \
+    Backward<type>(call).run(begin, end, scratch);                                                        \
+  }
+MMK_ATTENTION_BACKWARD(float, attention_backward_float32)
+MMK_ATTENTION_BACKWARD(bfloat16, attention_backward_bfloat16)
+MMK_ATTENTION_BACKWARD(float16, attention_backward_float16)
+#if MMK_TIER_ID(MMK_TIER) == MMK_TIER_IS_generic
+MMK_ATTENTION_BACKWARD(double, attention_backward_float64)
+#endif
+
+}  // namespace mmk::MMK_TIER

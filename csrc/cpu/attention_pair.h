@@ -1,0 +1,186 @@
+// One pair of a call: where its queries, keys and values lie, and how they come into the layouts that the products read.
+// Included by *.tier.cpp only, in the tier's own unnamed namespace as vec.h is.
+//
+// A panel is as many rows (queries) as two vectors have lanes. What belongs to a panel lies with its rows side by side:
+// q [D][lanes], scores [keys][lanes], out [Dv][lanes]. So a softmax over keys is arithmetic between whole vectors, and the
+// weights are already what the product with the values reads.
+#pragma once
+#include "attention.h"
+#include "core/math.h"
+#include "core/rows.h"
+
+namespace mmk::MMK_TIER {
+namespace {
+
+template <class A>
+inline constexpr int lanes_of = 2 * Vec<A>::width;
+
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t most(int64_t a, int64_t b) { return a < b ? b : a; }
+
+// A pair of a call, with the lengths that it has.
+struct Pair {
+  int64_t b, h, group, len_q, len_k, rows, first_q, first_k, sample;
+  const int32_t* tokens;   // null: none
+  const uint8_t* regions;  // null: all the same
+
+  Pair(const AttentionCall& call, int64_t batch, int64_t head) : b(batch), h(head) {
+    group = call.heads / call.kv_heads;
+    first_q = call.cu_q ? call.cu_q[b] : 0;
+    first_k = call.cu_k ? call.cu_k[b] : 0;
+    len_q = call.cu_q ? call.cu_q[b + 1] - first_q : call.len_q;
+    len_k = call.cu_k ? call.cu_k[b + 1] - first_k : call.len_k;
+    rows = group * len_q;
+    const AttentionWindows& windows = call.windows;
+    sample = windows.tokens ? b / windows.count : b;
+    const int64_t window = windows.tokens ? b % windows.count : 0;
+    tokens = windows.tokens ? windows.tokens + window * len_q : nullptr;
+    regions = windows.regions ? windows.regions + window * len_q : nullptr;
+    if (regions) {
+      bool one = true;
+      for (int64_t i = 1; i < len_q; ++i) one = one && regions[i] == regions[0];
+      if (one) regions = nullptr;
+    }
+  }
+
+  template <class T>
+  T* at(const AttentionOperand& operand, int64_t head, int64_t index, int64_t first) const {
+    const int64_t token = tokens ? tokens[index] : first + index;
+    if (token < 0) return const_cast<T*>(static_cast<const T*>(operand.pad)) + head * operand.pad_head;
+    return const_cast<T*>(static_cast<const T*>(operand.data)) + sample * operand.batch + head * operand.head + token * operand.row;
+  }
+  template <class T>
+  T* key(const AttentionOperand& operand, int64_t j) const {
+    return at<T>(operand, h, j, first_k);
+  }
+  bool inside(int64_t index) const { return tokens == nullptr || tokens[index] >= 0; }
+};
+
+// The rows of a panel: which head and query each lane is. Lanes beyond `count` repeat the first.
+template <class A>
+struct Panel {
+  int64_t count;
+  int64_t head[lanes_of<A>], query[lanes_of<A>];
+
+  Panel(const Pair& pair, int64_t row, int64_t end) : count(least(end - row, lanes_of<A>)) {
+    int64_t g = row / pair.len_q, i = row - g * pair.len_q;
+    for (int64_t lane = 0; lane < lanes_of<A>; ++lane) {
+      head[lane] = lane < count ? pair.h * pair.group + g : head[0];
+      query[lane] = lane < count ? i : query[0];
+      if (++i == pair.len_q) {
+        i = 0;
+        ++g;
+      }
+    }
+  }
+  int vectors() const { return count > Vec<A>::width ? 2 : 1; }
+};
+
+// Calls f with the number of a panel's vectors as a constant.
+template <class F>
+inline void with_vectors(int vectors, const F& f) {
+  if (vectors == 1) {
+    f.template operator()<1>();
+  } else {
+    f.template operator()<2>();
+  }
+}
+
+// Rows at `row(lane)` of `depth` elements become columns: to[k * lanes + lane] = scale * row(lane)[k]. Lanes beyond `count`,
+// in as many vectors as there are, become 0.
+template <class A, class T, class F>
+inline void to_lanes(int vectors, int64_t count, int64_t depth, A* to, const F& row) {
+  using V = Vec<A>;
+  constexpr int width = V::width;
+  for (int v = 0; v < vectors; ++v) {
+    const T* from[width];
+    for (int i = 0; i < width; ++i) from[i] = v * width + i < count ? row(v * width + i) : nullptr;
+    for (int64_t k = 0; k < depth; k += width) {
+      const int64_t left = least(depth - k, width);
+      typename V::Register square[width];
+      for (int i = 0; i < width; ++i) square[i] = from[i] ? load_lanes<A>(from[i] + k, left) : V::zero();
+      V::transpose(square);
+      for (int64_t i = 0; i < left; ++i) V::store(to + (k + i) * lanes_of<A> + v * width, square[i]);
+    }
+  }
+}
+
+// The way back: row(lane)[k] = from[k * lanes + lane] * factor[lane], for the lanes whose row is not null.
+template <class A, class T, class F>
+inline void from_lanes(int vectors, int64_t count, int64_t depth, const A* from, const A* factor, const F& row) {
+  using V = Vec<A>;
+  constexpr int width = V::width;
+  for (int v = 0; v < vectors; ++v) {
+    T* to[width];
+    for (int i = 0; i < width; ++i) to[i] = v * width + i < count ? row(v * width + i) : nullptr;
+    const typename V::Register factors = V::load(factor + v * width);
+    for (int64_t k = 0; k < depth; k += width) {
+      const int64_t left = least(depth - k, width);
+      typename V::Register square[width];
+      for (int i = 0; i < width; ++i)
+        square[i] = i < left ? V::load(from + (k + i) * lanes_of<A> + v * width) * factors : V::zero();
+      V::transpose(square);
+      for (int i = 0; i < width; ++i)
+        if (to[i]) store_lanes<A>(to[i] + k, square[i], left);
+    }
+  }
+}
+
+// [count, channels] accumulators, one row after the other.
+template <class A>
+struct Staged {
+  const A* data;
+  int64_t row;
+};
+
+// Keys or values of a pair as accumulators: where they lie, if they lie as the products read them, else copied to `to`.
+// `row_factor(j)`: each row's factor, 1 where there is none.
+template <class A, class T, bool scaled, class F>
+inline Staged<A> staged(const Pair& pair, const AttentionOperand& operand, int64_t channels, bool in_place, A* to,
+                        const F& row_factor) {
+  if constexpr (sizeof(T) == sizeof(A) && !scaled) {
+    if (in_place) return {reinterpret_cast<const A*>(pair.key<T>(operand, 0)), operand.row};
+  }
+  for (int64_t j = 0; j < pair.len_k; ++j) {
+    const T* from = pair.key<T>(operand, j);
+    A* row = to + j * channels;
+    if constexpr (scaled) {
+      const typename Vec<A>::Register factor = Vec<A>::set(row_factor(j));
+      for_each_vector<A>(channels, [&](int64_t k, int64_t lanes) {
+        store_lanes<A>(row + k, load_lanes<A>(from + k, lanes) * factor, lanes);
+      });
+    } else {
+      for_each_vector<A>(channels,
+                         [&](int64_t k, int64_t lanes) { store_lanes<A>(row + k, load_lanes<A>(from + k, lanes), lanes); });
+    }
+  }
+  return {to, channels};
+}
+
+// 1 / max(|row|, least), negative where the row is shorter: its gradient then has no part along the row.
+template <class A, class T>
+inline A inverse_norm(const T* row, int64_t channels, double shortest) {
+  const A squares = sum_over<A>(channels, [&](typename Vec<A>::Register sum, int64_t k, int64_t lanes) {
+    const typename Vec<A>::Register x = load_lanes<A>(row + k, lanes);
+    return Vec<A>::fma(x, x, sum);
+  });
+  const A norm = square_root(squares);
+  return norm < static_cast<A>(shortest) ? A(-1) / static_cast<A>(shortest) : A(1) / norm;
+}
+
+template <class A>
+inline A element_of(const void* data, Number number, int64_t at) {
+  switch (number) {
+    case Number::float32:
+      return static_cast<A>(static_cast<const float*>(data)[at]);
+    case Number::bfloat16:
+      return static_cast<A>(widen(static_cast<const bfloat16*>(data)[at]));
+    case Number::float16:
+      return static_cast<A>(widen(static_cast<const float16*>(data)[at]));
+    default:
+      return static_cast<A>(static_cast<const double*>(data)[at]);
+  }
+}
+
+}  // namespace
+}  // namespace mmk::MMK_TIER

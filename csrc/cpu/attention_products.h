@@ -1,0 +1,124 @@
+// The products of attention, panel by panel, and those of a few queries, which would leave most lanes of a panel empty.
+// Included by *.tier.cpp only, in the tier's own unnamed namespace as vec.h is.
+#pragma once
+#include "attention_pair.h"
+#include "core/lane_product.h"
+
+namespace mmk::MMK_TIER {
+namespace {
+
+// Up to this many rows, those of one vector, a pair's products go along the channels of each key instead of across the rows.
+template <class A>
+inline constexpr int64_t few_rows = Vec<A>::width < 4 ? Vec<A>::width : 4;
+
+template <class A>
+inline bool is_few(int64_t rows, const AttentionCall& call) {
+  return rows <= few_rows<A> && call.dim % Vec<A>::width == 0 && call.value_dim % Vec<A>::width == 0;
+}
+
+// to [keys][lanes] = keys [keys][depth] . panel [depth][lanes]
+template <class A, int vectors>
+inline void score_panel(const Staged<A>& keys, int64_t begin, int64_t end, int64_t depth, const A* panel, A* to) {
+  multiply_lanes<vectors, true>(LaneProduct<A>{keys.data + begin * keys.row, keys.row, 1, panel, lanes_of<A>, depth, 1, 0, depth,
+                                               to, lanes_of<A>, false},
+                                end - begin);
+}
+
+// to [channels][lanes] (+)= values^T [channels][keys] . weights [keys][lanes]
+template <class A, int vectors>
+inline void weigh_panel(const Staged<A>& values, int64_t begin, int64_t end, int64_t channels, const A* weights, bool accumulate,
+                        A* to) {
+  multiply_lanes<vectors, false>(LaneProduct<A>{values.data + begin * values.row, 1, values.row, weights, lanes_of<A>,
+                                                end - begin, 1, 0, end - begin, to, lanes_of<A>, accumulate},
+                                 channels);
+}
+
+// to [keys][channels] (+)= weights^T [keys][rows] . rows [rows][channels], over panels of weights that lie `panel_stride`
+// apart. Channels are padded to whole vectors in `rows` and in `to`.
+template <class A>
+inline void gather_panels(const A* weights, int64_t panel_stride, int64_t panels, int64_t last_count, int64_t keys, const A* rows,
+                          int64_t channels, bool accumulate, A* to) {
+  constexpr int width = Vec<A>::width, lanes = lanes_of<A>;
+  const int64_t padded = (channels + width - 1) / width * width;
+  LaneProduct<A> product{weights, lanes, 1,      rows,   padded, lanes, panels, panel_stride, last_count,
+                         to,      padded, accumulate};
+  for (int64_t channel = 0; channel < padded; channel += lanes) {
+    product.b = rows + channel;
+    product.c = to + channel;
+    if (channel + width < padded) {
+      multiply_lanes<2, true>(product, keys);
+    } else {
+      multiply_lanes<1, true>(product, keys);
+    }
+  }
+}
+
+// --- a few rows ---------------------------------------------------------------------------------------------------------
+// to[key * lanes + row] = key . row, rows [count][depth]; the other lanes of the first vector are 0.
+template <class A, class T>
+inline void score_few(const T* keys, int64_t key_stride, int64_t count, const A* rows, int64_t row_count, int64_t depth, A* to) {
+  using V = Vec<A>;
+  constexpr int width = V::width;
+  for (int64_t j = 0; j < count; ++j) {
+    const T* key = keys + j * key_stride;
+    typename V::Register sums[few_rows<A>];
+    for (int64_t r = 0; r < few_rows<A>; ++r) sums[r] = V::zero();
+    for (int64_t k = 0; k < depth; k += width) {
+      const typename V::Register x = V::load(key + k);
+      for (int64_t r = 0; r < row_count; ++r) sums[r] = V::fma(x, V::load(rows + r * depth + k), sums[r]);
+    }
+    V::store(to + j * lanes_of<A>, V::zero());
+    for (int64_t r = 0; r < row_count; ++r) to[j * lanes_of<A> + r] = V::sum(sums[r]);
+  }
+}
+
+// to [row][channels] (+)= sum over keys of weights[key * lanes + row] values[key]
+template <class A, class T>
+inline void weigh_few(const T* values, int64_t value_stride, int64_t count, const A* weights, int64_t row_count, int64_t channels,
+                      bool accumulate, A* to) {
+  using V = Vec<A>;
+  constexpr int width = V::width;
+  constexpr int64_t block = 8;  // vectors of channels in registers
+  for (int64_t r = 0; r < row_count; ++r)
+    for (int64_t first = 0; first < channels; first += block * width) {
+      const auto part = [&]<int vectors>() {
+        typename V::Register sums[vectors];
+        A* out = to + r * channels + first;
+        for (int v = 0; v < vectors; ++v) sums[v] = accumulate ? V::load(out + v * width) : V::zero();
+        for (int64_t j = 0; j < count; ++j) {
+          const typename V::Register weight = V::set(weights[j * lanes_of<A> + r]);
+          const T* value = values + j * value_stride + first;
+          for (int v = 0; v < vectors; ++v) sums[v] = V::fma(weight, V::load(value + v * width), sums[v]);
+        }
+        for (int v = 0; v < vectors; ++v) V::store(out + v * width, sums[v]);
+      };
+      switch (least(block, (channels - first) / width)) {
+        case 1:
+          part.template operator()<1>();
+          break;
+        case 2:
+          part.template operator()<2>();
+          break;
+        case 3:
+          part.template operator()<3>();
+          break;
+        case 4:
+          part.template operator()<4>();
+          break;
+        case 5:
+          part.template operator()<5>();
+          break;
+        case 6:
+          part.template operator()<6>();
+          break;
+        case 7:
+          part.template operator()<7>();
+          break;
+        default:
+          part.template operator()<8>();
+      }
+    }
+}
+
+}  // namespace
+}  // namespace mmk::MMK_TIER

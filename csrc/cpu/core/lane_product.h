@@ -1,0 +1,94 @@
+// Products of small matrices whose columns are the lanes of one or two vectors: C[i, lane] = sum_k A[i, k] B[k, lane], with A
+// and B where they lie. Nothing is packed, so a product pays from the first row on: this is the core of attention, whose
+// matrices are small, many and used once. Included by *.tier.cpp only, in the tier's own unnamed namespace as vec.h is.
+//
+// Every element of C is one sum from zero over ascending k, whatever block it falls into, then added to what was there.
+#pragma once
+#include "vec.h"
+
+namespace mmk::MMK_TIER {
+namespace {
+
+// The rows of A that one block of accumulators holds, beside one or two vectors of B and one broadcast element of A.
+#if MMK_TIER_ID(MMK_TIER) >= MMK_TIER_IS_avx512
+inline constexpr int pair_rows = 14, single_rows = 16;
+#elif MMK_TIER_ID(MMK_TIER) == MMK_TIER_IS_avx2
+inline constexpr int pair_rows = 6, single_rows = 12;
+#else
+inline constexpr int pair_rows = 6, single_rows = 10;
+#endif
+
+template <class A>
+struct LaneProduct {
+  const A* a;  // element (i, k) at i * a_row + k * a_step
+  int64_t a_row, a_step;
+  const A* b;  // row k at k * b_step
+  int64_t b_step;
+  int64_t depth;
+  // Depth in segments: after `depth` elements A goes on at a_segment, B is read on.
+  int64_t segments, a_segment, last_depth;
+  A* c;
+  int64_t c_row;
+  bool accumulate;  // add to what is there
+};
+
+template <int rows, int vectors, bool unit_step, class A>
+inline void multiply_block(const LaneProduct<A>& p, const A* a, A* c) {
+  using V = Vec<A>;
+  using Register = typename V::Register;
+  Register sums[rows][vectors];
+#pragma GCC unroll 16
+  for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 2
+    for (int v = 0; v < vectors; ++v) sums[i][v] = V::zero();
+  const A* b = p.b;
+  const int64_t row = p.a_row, step = unit_step ? 1 : p.a_step;
+  for (int64_t segment = 0; segment < p.segments; ++segment) {
+    const A* at = a + segment * p.a_segment;
+    const int64_t depth = segment + 1 < p.segments ? p.depth : p.last_depth;
+    for (int64_t k = 0; k < depth; ++k) {
+      Register right[vectors];
+#pragma GCC unroll 2
+      for (int v = 0; v < vectors; ++v) right[v] = V::load(b + v * V::width);
+#pragma GCC unroll 16
+      for (int i = 0; i < rows; ++i) {
+        const Register element = V::set(at[i * row]);
+#pragma GCC unroll 2
+        for (int v = 0; v < vectors; ++v) sums[i][v] = V::fma(element, right[v], sums[i][v]);
+      }
+      at += step;
+      b += p.b_step;
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 2
+    for (int v = 0; v < vectors; ++v) {
+      A* to = c + i * p.c_row + v * V::width;
+      V::store(to, p.accumulate ? V::load(to) + sums[i][v] : sums[i][v]);
+    }
+}
+
+// Rows in blocks of nearly the same size: a short last block would wait for its own sums.
+template <int vectors, bool unit_step, int rows, class A>
+inline void multiply_rows(const LaneProduct<A>& p, const A* a, A* c, int64_t count) {
+  if constexpr (rows > 1) {
+    if (count < rows) return multiply_rows<vectors, unit_step, rows - 1>(p, a, c, count);
+  }
+  multiply_block<rows, vectors, unit_step>(p, a, c);
+}
+
+template <int vectors, bool unit_step, class A>
+inline void multiply_lanes(const LaneProduct<A>& p, int64_t rows) {
+  constexpr int most = vectors == 2 ? pair_rows : single_rows;
+  const int64_t blocks = (rows + most - 1) / most;
+  int64_t row = 0;
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t count = (rows - row) / (blocks - block);
+    multiply_rows<vectors, unit_step, most>(p, p.a + row * p.a_row, p.c + row * p.c_row, count);
+    row += count;
+  }
+}
+
+}  // namespace
+}  // namespace mmk::MMK_TIER
