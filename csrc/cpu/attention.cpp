@@ -2,6 +2,7 @@
 #include <tuple>
 
 #include "attention_operands.h"
+#include "core/cache.h"
 #include "core/tier.h"
 #include "core/trace.h"
 
@@ -213,6 +214,7 @@ std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, MaybeTensor b
   call.out = heads_operand(out, problem.packed);
   call.lse = lse.mutable_data_ptr();
   const std::int64_t items = cut_into_items(call, problem.shares_addends());
+  call.stream = exceeds_cache(static_cast<std::int64_t>((2 * q.numel() + 2 * k.numel()) * q.element_size()));
   const AttentionKernels& kernels = tier.kernels->kernels[dtype];
   run_attention(items, attention_work(call.block_rows, call.len_k, call.dim + call.value_dim), kernels.forward_bytes(call),
                 [&](std::int64_t begin, std::int64_t end, void* scratch) { kernels.forward(call, begin, end, scratch); });
@@ -316,7 +318,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   back.grad_q = heads_operand(grad_q, packed);
   back.grad_k = heads_operand(grad_k, packed);
   back.grad_v = heads_operand(grad_v, packed);
-  BiasSums bias_sums, gate_sums;
+  Sums bias_sums, gate_sums;
   const std::int64_t bias_elements = need_bias ? grad_bias.numel() : 0;
   if (bias_elements > 0) {
     back.group_batch = bias->size(0) == 1;

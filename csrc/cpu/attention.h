@@ -67,6 +67,8 @@ struct AttentionCall {
   // rows in a row (what is added to their scores is then the same and laid out once), or all the blocks of one pair.
   int64_t block_rows, blocks;
   bool batch_inside;
+  bool keeps_addends;  // from one batch entry to the next
+  bool stream;         // the output bypasses the cache
 };
 
 // Backward, by tasks: the pairs that share a gradient of the bias, in groups; a group's pairs in `chunks` runs, each with

@@ -30,54 +30,50 @@ class Forward {
 
  public:
   explicit Forward(const AttentionCall& c) : call(c), addends(c), dropout(c) {
-    caches = addends.shared && !addends.by_key && c.batch_inside;
-    scores_at = 0;
+    caches = c.keeps_addends && !addends.by_key;
+    cached_elements = (c.block_rows + lanes - 1) / lanes * lanes * c.len_k;
     const int64_t block = least((c.len_k + 7) / 8 * 8, forward_keys);  // a shorter sequence may have a longer one
-    int64_t end = block * lanes;
+    int64_t end = 0;
     const auto take = [&](int64_t count) {
       const int64_t at = end;
       end += (count + 15) / 16 * 16;
       return at;
     };
+    scores_at = take(block * lanes);
     panels_at = take(group_panels * c.dim * lanes);
     outs_at = take(group_panels * c.value_dim * lanes);
     keys_at = take(c.len_k * c.dim);
     values_at = take(c.len_k * c.value_dim);
-    const int64_t panels = (c.block_rows + lanes - 1) / lanes;
-    addends_at = take(!addends.any ? 0 : addends.by_key ? c.len_k : caches ? panels * c.len_k * lanes : block * lanes);
+    cached_at = take(caches && !c.batch_inside ? c.kv_heads : 0);
+    addends_at = take(!addends.any     ? 0
+                      : addends.by_key ? c.len_k
+                      : caches         ? cached_elements * (c.batch_inside ? 1 : c.kv_heads)
+                                       : block * lanes);
     elements = end;
+    const T* out = static_cast<const T*>(c.out.data);
+    streams = c.stream && rows_aligned<T>(out, c.value_dim) && rows_aligned<T>(out, c.out.row) && rows_aligned<T>(out, c.out.head) &&
+              rows_aligned<T>(out, c.out.batch);
   }
 
   int64_t bytes() const { return elements * static_cast<int64_t>(sizeof(A)); }
 
   void run(int64_t begin, int64_t end, void* scratch) {
     memory = static_cast<A*>(scratch);
-    for (int64_t item = begin; item < end; ++item) {
-      int64_t b, h, block;
-      if (call.batch_inside) {
-        b = item % call.batch;
-        block = item / call.batch % call.blocks;
-        h = item / call.batch / call.blocks;
-      } else {
-        block = item % call.blocks;
-        h = item / call.blocks % call.kv_heads;
-        b = item / call.blocks / call.kv_heads;
+    if (caches && !call.batch_inside)
+      for (int64_t h = 0; h < call.kv_heads; ++h) memory[cached_at + h] = A(0);
+    Item item(call, begin);
+    for (int64_t number = begin; number < end; ++number) {
+      const Item next(call, number + 1 < end ? number + 1 : number);
+      const int64_t row = item.block * call.block_rows;
+      if (row < item.pair.rows) {
+        if (!(item.pair.b == staged_b && item.pair.h == staged_h)) stage(item.pair);
+        if (caches) keep_addends(item);
+        following = next.pair.b != item.pair.b || next.pair.h != item.pair.h ? &next.pair : nullptr;
+        run_rows(item.pair, row, least(row + call.block_rows, item.pair.rows));
       }
-      const Pair pair(call, b, h);
-      const int64_t row = block * call.block_rows;
-      if (row >= pair.rows) continue;
-      const bool staged_already = b == staged_b && h == staged_h;
-      if (!staged_already) stage(pair);
-      if (caches && !(h == cached_h && block == cached_block)) {
-        for (int64_t r = row; r < least(row + call.block_rows, pair.rows); r += lanes) {
-          const Panel<A> panel(pair, r, pair.rows);
-          make_addends(call, pair, panel, 0, pair.len_k, cached(r - row));
-        }
-        cached_h = h;
-        cached_block = block;
-      }
-      run_rows(pair, row, least(row + call.block_rows, pair.rows));
+      item = next;
     }
+    if (streams) stream_fence();
   }
 
  private:
@@ -87,7 +83,48 @@ class Forward {
     return blocks == 0 ? 0 : ((len_k + blocks - 1) / blocks + 7) / 8 * 8;
   }
 
-  A* cached(int64_t row) const { return memory + addends_at + row * call.len_k; }
+  struct Item {
+    int64_t block;
+    Pair pair;
+
+    Item(const AttentionCall& call, int64_t number) {
+      if (call.batch_inside) {
+        block = number / call.batch % call.blocks;
+        pair = Pair(call, number % call.batch, number / call.batch / call.blocks);
+      } else {
+        block = number % call.blocks;
+        pair = Pair(call, number / call.blocks / call.kv_heads, number / call.blocks % call.kv_heads);
+      }
+    }
+  };
+
+  A* kept(int64_t h, int64_t row) const {
+    return memory + addends_at + (call.batch_inside ? 0 : h * cached_elements) + row * call.len_k;
+  }
+
+  void keep_addends(const Item& item) {
+    const Pair& pair = item.pair;
+    if (call.batch_inside) {
+      if (pair.h == cached_h && item.block == cached_block) return;
+      cached_h = pair.h;
+      cached_block = item.block;
+    } else {
+      if (memory[cached_at + pair.h] != A(0)) return;
+      memory[cached_at + pair.h] = A(1);
+    }
+    const int64_t row = item.block * call.block_rows, end = least(row + call.block_rows, pair.rows);
+    for (int64_t r = row; r < end; r += lanes) make_addends(call, pair, Panel<A>(pair, r, end), 0, pair.len_k, kept(pair.h, r - row));
+  }
+
+  // A share of what the next item reads: it comes while this one computes.
+  void prefetch(int64_t index, int64_t parts) const {
+    if (following == nullptr) return;
+    const Pair& pair = *following;
+    prefetch_rows<T>(pair, call.k, pair.h, pair.first_k, pair.len_k, call.dim, index, parts);
+    prefetch_rows<T>(pair, call.v, pair.h, pair.first_k, pair.len_k, call.value_dim, index, parts);
+    for (int64_t g = 0; g < pair.group; ++g)
+      prefetch_rows<T>(pair, call.q, pair.h * pair.group + g, pair.first_q, pair.len_q, call.dim, index, parts);
+  }
 
   void stage(const Pair& pair) {
     staged_b = pair.b;
@@ -125,32 +162,33 @@ class Forward {
   };
 
   void run_rows(const Pair& pair, int64_t begin, int64_t end) {
-    const int64_t block = key_block(pair.len_k);
+    const int64_t block = key_block(pair.len_k), steps = (end - begin + lanes - 1) / lanes;
     for (int64_t group = begin; group < end; group += group_panels * lanes) {
       const int64_t count = least(group_panels, (end - group + lanes - 1) / lanes);
       State states[group_panels];
+      Panel<A> panels[group_panels];
+      bool started[group_panels] = {};
       for (int64_t p = 0; p < count; ++p) {
         for (int v = 0; v < 2; ++v) {
           states[p].top[v] = V::set(static_cast<A>(minus_infinity));
           states[p].sum[v] = V::zero();
         }
-        const Panel<A> panel(pair, group + p * lanes, end);
-        load_queries(pair, panel, memory + panels_at + p * call.dim * lanes);
+        panels[p] = Panel<A>(pair, group + p * lanes, end);
+        load_queries(pair, panels[p], memory + panels_at + p * call.dim * lanes);
       }
-      bool started[group_panels] = {};
       for (int64_t key = 0; key < pair.len_k; key += block) {
         for (int64_t p = 0; p < count; ++p) {
-          const Panel<A> panel(pair, group + p * lanes, end);
-          const Intervals<A> intervals(call, pair, panel);
+          const Intervals<A> intervals(call, pair, panels[p]);
           const int64_t first = most(key, intervals.first), last = least(least(key + block, pair.len_k), intervals.last);
+          if (key == 0) prefetch((group - begin) / lanes + p, steps);
           if (first >= last) continue;
-          with_vectors(panel.vectors(), [&]<int vectors>() {
-            run_block<vectors>(pair, panel, intervals, p, group - begin + p * lanes, first, last, started[p], states[p]);
+          with_vectors(panels[p].vectors(), [&]<int vectors>() {
+            run_block<vectors>(pair, panels[p], intervals, p, group - begin + p * lanes, first, last, started[p], states[p]);
           });
           started[p] = true;
         }
       }
-      for (int64_t p = 0; p < count; ++p) finish(pair, Panel<A>(pair, group + p * lanes, end), p, started[p], states[p]);
+      for (int64_t p = 0; p < count; ++p) finish(pair, panels[p], p, started[p], states[p]);
     }
   }
 
@@ -169,7 +207,6 @@ class Forward {
       }
       return;
     }
-    to_lanes<A, T>(panel.vectors(), panel.count, call.dim, to, row);
     A factors[lanes];
     for (int64_t lane = 0; lane < lanes; ++lane) {
       factors[lane] = scale_of(panel.head[lane]);
@@ -178,13 +215,7 @@ class Forward {
         factors[lane] *= inverse < 0 ? -inverse : inverse;
       }
     }
-    for (int v = 0; v < panel.vectors(); ++v) {
-      const Register factor = V::load(factors + v * V::width);
-      for (int64_t k = 0; k < call.dim; ++k) {
-        A* at = to + k * lanes + v * V::width;
-        V::store(at, V::load(at) * factor);
-      }
-    }
+    to_lanes<A, T>(panel.vectors(), panel.count, call.dim, factors, to, row);
   }
 
   A scale_of(int64_t head) const {
@@ -207,24 +238,28 @@ class Forward {
       score_few<A>(keys.data + first * keys.row, keys.row, count, queries, panel.count, call.dim, scores);
     }
     if (call.softcap > 0) apply_softcap<A, vectors>(call.softcap, count, scores);
+    // Four sums are more exact than one, and wait less for each other.
+    Register top[vectors], rescale[vectors], chains[4][vectors];
+    for (int v = 0; v < vectors; ++v) top[v] = state.top[v];
+    const bool changes = pair.regions || intervals.cuts(first, last);
     if (addends.any) {
       const A* added = memory + addends_at;
       if (addends.by_key) {
         added += first;
       } else if (caches) {
-        added = cached(row_in_block) + first * lanes;
+        added = kept(pair.h, row_in_block) + first * lanes;
       } else {
         make_addends(call, pair, panel, first, last, memory + addends_at);
       }
-      add_addends<A, vectors>(added, addends.by_key, count, scores);
+      Register unmasked[vectors] = {};
+      add_addends<A, vectors>(added, addends.by_key, count, scores, changes ? unmasked : top);
     }
     if (pair.regions) add_regions<A, vectors>(pair, panel, call.windows.region_bias, first, last, scores);
     if (intervals.cuts(first, last)) apply_intervals<A, vectors>(intervals, first, last, scores);
-
-    Register top[vectors], rescale[vectors], chains[4][vectors];  // four sums: they are more exact than one, and wait less
-    for (int v = 0; v < vectors; ++v) top[v] = state.top[v];
-    for (int64_t j = 0; j < count; ++j)
-      for (int v = 0; v < vectors; ++v) top[v] = V::max(top[v], V::load(scores + j * lanes + v * V::width));
+    if (changes || !addends.any) {
+      for (int64_t j = 0; j < count; ++j)
+        for (int v = 0; v < vectors; ++v) top[v] = V::max(top[v], V::load(scores + j * lanes + v * V::width));
+    }
     for (int v = 0; v < vectors; ++v) {
       // Rows that have seen nothing yet have no largest score: from 0 their scores of -infinity give 0.
       const Register before = state.top[v];
@@ -307,15 +342,16 @@ class Forward {
           for (int64_t k = 0; k < call.value_dim; k += V::width)
             V::store(to + k, V::load(outs + r * call.value_dim + k) * V::set(factors[r]));
     } else {
-      from_lanes<A, T>(panel.vectors(), panel.count, call.value_dim, outs, factors, row);
+      from_lanes<A, T>(panel.vectors(), panel.count, call.value_dim, outs, factors, streams, row);
     }
   }
 
   const AttentionCall& call;
   const Addends addends;
   const Dropout dropout;
-  bool caches, few = false, direct = false;
-  int64_t scores_at, panels_at, outs_at, keys_at, values_at, addends_at, elements;
+  bool caches, streams, few = false, direct = false;
+  int64_t cached_elements, scores_at, panels_at, outs_at, keys_at, values_at, cached_at, addends_at, elements;
+  const Pair* following = nullptr;
   A* memory = nullptr;
   int64_t staged_b = -1, staged_h = -1, cached_h = -1, cached_block = -1;
   Staged<A> keys{}, values{};

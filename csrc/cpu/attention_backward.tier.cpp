@@ -221,9 +221,9 @@ class Backward {
       }
       if (few) continue;
       const int64_t at = first - begin;
-      to_lanes<A, A>(panel.vectors(), panel.count, call.dim, memory + query_panels_at + at * call.dim,
+      to_lanes<A, A>(panel.vectors(), panel.count, call.dim, static_cast<const A*>(nullptr), memory + query_panels_at + at * call.dim,
                      [&](int64_t lane) { return memory + query_rows_at + (at + lane) * dim; });
-      to_lanes<A, A>(panel.vectors(), panel.count, call.value_dim, memory + out_panels_at + at * call.value_dim,
+      to_lanes<A, A>(panel.vectors(), panel.count, call.value_dim, static_cast<const A*>(nullptr), memory + out_panels_at + at * call.value_dim,
                      [&](int64_t lane) { return memory + out_rows_at + (at + lane) * value_dim; });
     }
     A* sums = memory + grad_panels_at;
@@ -251,7 +251,8 @@ class Backward {
     if (addends.any) {
       A* added = memory + addends_at;
       if (!addends.by_key) make_addends(call, pair, panel, first, last, added);
-      add_addends<A, vectors>(addends.by_key ? added + first : added, addends.by_key, count, weight);
+      Register top[vectors] = {};
+      add_addends<A, vectors>(addends.by_key ? added + first : added, addends.by_key, count, weight, top);
     }
     if (pair.regions) add_regions<A, vectors>(pair, panel, call.windows.region_bias, first, last, weight);
     const Intervals<A> intervals(call, pair, panel);
@@ -415,14 +416,14 @@ class Backward {
     A factors[lanes];
     for (int64_t lane = 0; lane < lanes; ++lane) factors[lane] = scale_of(panel.head[lane]);
     if (call.normalise == 0 && back.grad_scale == nullptr && !few)
-      return from_lanes<A, T>(panel.vectors(), panel.count, call.dim, sums, factors, to);
+      return from_lanes<A, T>(panel.vectors(), panel.count, call.dim, sums, factors, false, to);
     A* rows = memory + row_at;
     if (few) {
       memcpy(rows, sums, static_cast<size_t>(panel.count * call.dim) * sizeof(A));
     } else {
       A ones[lanes];
       for (A& one : ones) one = A(1);
-      from_lanes<A, A>(panel.vectors(), panel.count, call.dim, sums, ones, [&](int64_t lane) { return rows + lane * call.dim; });
+      from_lanes<A, A>(panel.vectors(), panel.count, call.dim, sums, ones, false, [&](int64_t lane) { return rows + lane * call.dim; });
     }
     for (int64_t lane = 0; lane < panel.count; ++lane) {
       A* grad = rows + lane * call.dim;

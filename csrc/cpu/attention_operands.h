@@ -43,7 +43,11 @@ inline std::int64_t cut_into_items(AttentionCall& call, bool shared_addends) {
   const std::int64_t rows = call.heads / call.kv_heads * call.len_q;
   call.block_rows = rows <= 384 ? std::max<std::int64_t>(rows, 1) : 256;
   call.blocks = (rows + call.block_rows - 1) / call.block_rows;
-  call.batch_inside = shared_addends && call.batch > 1;
+  // What all batch entries share is laid out once, for all heads if that stays in the second-level cache: their rows lie side
+  // by side in memory.
+  constexpr std::int64_t kept_elements = 1 << 17;
+  call.keeps_addends = shared_addends && call.batch > 1;
+  call.batch_inside = call.keeps_addends && (call.blocks > 1 || rows * call.len_k * call.kv_heads > kept_elements);
   return call.batch * call.kv_heads * call.blocks;
 }
 
@@ -69,8 +73,8 @@ T narrowed(A value) {
   }
 }
 
-// The gradient of a bias: zeroed sums for every chunk, and their sum in the bias's dtype and shape.
-class BiasSums {
+// The gradient of a bias or of what else many tasks add to: zeroed sums for every chunk, and their sum in a result's dtype.
+class Sums {
  public:
   void zero(std::int64_t chunks, std::int64_t elements, bool in_double) {
     chunks_ = chunks;

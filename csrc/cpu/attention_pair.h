@@ -24,6 +24,7 @@ struct Pair {
   const int32_t* tokens;   // null: none
   const uint8_t* regions;  // null: all the same
 
+  Pair() = default;
   Pair(const AttentionCall& call, int64_t batch, int64_t head) : b(batch), h(head) {
     group = call.heads / call.kv_heads;
     first_q = call.cu_q ? call.cu_q[b] : 0;
@@ -62,6 +63,7 @@ struct Panel {
   int64_t count;
   int64_t head[lanes_of<A>], query[lanes_of<A>];
 
+  Panel() = default;
   Panel(const Pair& pair, int64_t row, int64_t end) : count(least(end - row, lanes_of<A>)) {
     int64_t g = row / pair.len_q, i = row - g * pair.len_q;
     for (int64_t lane = 0; lane < lanes_of<A>; ++lane) {
@@ -86,43 +88,78 @@ inline void with_vectors(int vectors, const F& f) {
   }
 }
 
-// Rows at `row(lane)` of `depth` elements become columns: to[k * lanes + lane] = scale * row(lane)[k]. Lanes beyond `count`,
-// in as many vectors as there are, become 0.
+// Rows at `row(lane)` of `depth` elements become columns: to[k * lanes + lane] = row(lane)[k] * factors[lane], without factors
+// row(lane)[k]. Lanes beyond `count`, in as many vectors as there are, repeat the last.
 template <class A, class T, class F>
-inline void to_lanes(int vectors, int64_t count, int64_t depth, A* to, const F& row) {
+inline void to_lanes(int vectors, int64_t count, int64_t depth, const A* factors, A* to, const F& row) {
   using V = Vec<A>;
   constexpr int width = V::width;
   for (int v = 0; v < vectors; ++v) {
     const T* from[width];
-    for (int i = 0; i < width; ++i) from[i] = v * width + i < count ? row(v * width + i) : nullptr;
+    for (int i = 0; i < width; ++i) from[i] = row(least(v * width + i, count - 1));
+    const typename V::Register factor = factors ? V::load(factors + v * width) : V::set(A(1));
     for (int64_t k = 0; k < depth; k += width) {
       const int64_t left = least(depth - k, width);
       typename V::Register square[width];
-      for (int i = 0; i < width; ++i) square[i] = from[i] ? load_lanes<A>(from[i] + k, left) : V::zero();
+      if (left == width) {
+        for (int i = 0; i < width; ++i) square[i] = V::load(from[i] + k);
+      } else {
+        for (int i = 0; i < width; ++i) square[i] = load_part<A>(from[i] + k, left);
+      }
       V::transpose(square);
-      for (int64_t i = 0; i < left; ++i) V::store(to + (k + i) * lanes_of<A> + v * width, square[i]);
+      A* out = to + k * lanes_of<A> + v * width;
+      if (left == width) {
+        for (int i = 0; i < width; ++i) V::store(out + i * lanes_of<A>, square[i] * factor);
+      } else {
+        for (int64_t i = 0; i < left; ++i) V::store(out + i * lanes_of<A>, square[i] * factor);
+      }
     }
   }
 }
 
-// The way back: row(lane)[k] = from[k * lanes + lane] * factor[lane], for the lanes whose row is not null.
+// The way back: row(lane)[k] = from[k * lanes + lane] * factors[lane], for the lanes whose row is not null. `stream`: past the
+// cache, where rows are whole cache lines.
 template <class A, class T, class F>
-inline void from_lanes(int vectors, int64_t count, int64_t depth, const A* from, const A* factor, const F& row) {
+inline void from_lanes(int vectors, int64_t count, int64_t depth, const A* from, const A* factors, bool stream, const F& row) {
   using V = Vec<A>;
   constexpr int width = V::width;
   for (int v = 0; v < vectors; ++v) {
     T* to[width];
-    for (int i = 0; i < width; ++i) to[i] = v * width + i < count ? row(v * width + i) : nullptr;
-    const typename V::Register factors = V::load(factor + v * width);
+    bool all = true;
+    for (int i = 0; i < width; ++i) {
+      to[i] = v * width + i < count ? row(v * width + i) : nullptr;
+      all = all && to[i] != nullptr;
+    }
+    const typename V::Register factor = V::load(factors + v * width);
     for (int64_t k = 0; k < depth; k += width) {
       const int64_t left = least(depth - k, width);
+      const A* in = from + k * lanes_of<A> + v * width;
       typename V::Register square[width];
-      for (int i = 0; i < width; ++i)
-        square[i] = i < left ? V::load(from + (k + i) * lanes_of<A> + v * width) * factors : V::zero();
+      if (left == width && all) {
+        for (int i = 0; i < width; ++i) square[i] = V::load(in + i * lanes_of<A>) * factor;
+        V::transpose(square);
+        if (stream) {
+          for (int i = 0; i < width; ++i) V::stream(to[i] + k, square[i]);
+        } else {
+          for (int i = 0; i < width; ++i) V::store(to[i] + k, square[i]);
+        }
+        continue;
+      }
+      for (int i = 0; i < width; ++i) square[i] = i < left ? V::load(in + i * lanes_of<A>) * factor : V::zero();
       V::transpose(square);
       for (int i = 0; i < width; ++i)
         if (to[i]) store_lanes<A>(to[i] + k, square[i], left);
     }
+  }
+}
+
+// Asks for part `index` of `parts` of the lines of a pair's operand, whose turn comes soon.
+template <class T>
+inline void prefetch_rows(const Pair& pair, const AttentionOperand& operand, int64_t head, int64_t first, int64_t count,
+                          int64_t channels, int64_t index, int64_t parts) {
+  for (int64_t i = count * index / parts; i < count * (index + 1) / parts; ++i) {
+    const char* row = reinterpret_cast<const char*>(pair.at<T>(operand, head, i, first));
+    for (int64_t byte = 0; byte < channels * static_cast<int64_t>(sizeof(T)); byte += 64) __builtin_prefetch(row + byte, 0, 2);
   }
 }
 

@@ -67,7 +67,7 @@ inline void bias_to_lanes(const AttentionScores& bias, const Pair& pair, const P
   const S* data = static_cast<const S*>(bias.data) + pair.b * bias.batch;
   const auto row = [&](int64_t lane) { return data + panel.head[lane] * bias.head + panel.query[lane] * bias.row; };
   if (bias.col == 1) {
-    return to_lanes<A, S>(panel.vectors(), panel.count, end - begin, to, [&](int64_t lane) { return row(lane) + begin; });
+    return to_lanes<A, S>(panel.vectors(), panel.count, end - begin, static_cast<const A*>(nullptr), to, [&](int64_t lane) { return row(lane) + begin; });
   }
   for (int64_t lane = 0; lane < panel.vectors() * Vec<A>::width; ++lane) {
     const S* from = row(lane);
@@ -179,14 +179,17 @@ inline void apply_intervals(const Intervals<A>& intervals, int64_t begin, int64_
   }
 }
 
-// scores += addends, [keys][lanes] or one a key.
+// scores += addends, [keys][lanes] or one a key; `top` becomes the largest of each lane, and of what it was.
 template <class A, int vectors>
-inline void add_addends(const A* addends, bool by_key, int64_t keys, A* scores) {
+inline void add_addends(const A* addends, bool by_key, int64_t keys, A* scores, typename Vec<A>::Register (&top)[vectors]) {
   using V = Vec<A>;
   for (int64_t j = 0; j < keys; ++j)
     for (int v = 0; v < vectors; ++v) {
       A* at = scores + j * lanes_of<A> + v * V::width;
-      V::store(at, V::load(at) + (by_key ? V::set(addends[j]) : V::load(addends + j * lanes_of<A> + v * V::width)));
+      const typename V::Register sum =
+          V::load(at) + (by_key ? V::set(addends[j]) : V::load(addends + j * lanes_of<A> + v * V::width));
+      V::store(at, sum);
+      top[v] = V::max(top[v], sum);
     }
 }
 

@@ -31,9 +31,8 @@ struct Vec<float> {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
   }
 
-  // The first `count` lanes, the others zero or left as they are.
+  // The first `count` lanes, the others zero. (Stores under a mask are slow on some processors.)
   static Register load_first(const float* from, int64_t count) { return _mm256_maskload_ps(from, first_lanes(count)); }
-  static void store_first(float* to, Register value, int64_t count) { _mm256_maskstore_ps(to, first_lanes(count), value); }
 
   // Stores, and answers what the storage type has made of the value.
   static Register store_rounded(float* to, Register value) {
