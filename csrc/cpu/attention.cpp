@@ -213,9 +213,14 @@ std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, MaybeTensor b
   if (lse.numel() == 0) return {out, lse};
   call.out = heads_operand(out, problem.packed);
   call.lse = lse.mutable_data_ptr();
+  const AttentionKernels& kernels = tier.kernels->kernels[dtype];
+  if (is_tiny(call)) {
+    run_attention(kernels.tiny_items(call, nullptr), tiny_work(call), kernels.tiny_bytes(call, nullptr),
+                  [&](std::int64_t begin, std::int64_t end, void* scratch) { kernels.tiny(call, nullptr, begin, end, scratch); });
+    return {out, lse};
+  }
   const std::int64_t items = cut_into_items(call, problem.shares_addends());
   call.stream = exceeds_cache(static_cast<std::int64_t>((2 * q.numel() + 2 * k.numel()) * q.element_size()));
-  const AttentionKernels& kernels = tier.kernels->kernels[dtype];
   run_attention(items, attention_work(call.block_rows, call.len_k, call.dim + call.value_dim), kernels.forward_bytes(call),
                 [&](std::int64_t begin, std::int64_t end, void* scratch) { kernels.forward(call, begin, end, scratch); });
   return {out, lse};
@@ -318,6 +323,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   back.grad_q = heads_operand(grad_q, packed);
   back.grad_k = heads_operand(grad_k, packed);
   back.grad_v = heads_operand(grad_v, packed);
+  const AttentionKernels& kernels = tier.kernels->kernels[dtype];
+  if (is_tiny(call) && !(need_bias && grad_bias.numel() > 0)) {
+    run_attention(kernels.tiny_items(call, &back), 3 * tiny_work(call), kernels.tiny_bytes(call, &back),
+                  [&](std::int64_t begin, std::int64_t end, void* scratch) { kernels.tiny(call, &back, begin, end, scratch); });
+    return {grad_q, grad_k, grad_v, grad_bias, grad_gate};
+  }
   Sums bias_sums, gate_sums;
   const std::int64_t bias_elements = need_bias ? grad_bias.numel() : 0;
   if (bias_elements > 0) {
@@ -355,7 +366,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     back.partial_k = partial_k->mutable_data_ptr();
     back.partial_v = partial_v->mutable_data_ptr();
   }
-  const AttentionKernels& kernels = tier.kernels->kernels[dtype];
   const std::int64_t rows = call.heads / call.kv_heads * call.len_q / back.splits;
   run_attention(tasks, 2 * attention_work(rows, call.len_k, call.dim + call.value_dim), kernels.backward_bytes(back),
                 [&](std::int64_t begin, std::int64_t end, void* scratch) { kernels.backward(back, begin, end, scratch); });

@@ -99,7 +99,20 @@ struct AttentionKernels {
   int64_t (*backward_bytes)(const AttentionBackward&);
   void (*forward)(const AttentionCall&, int64_t begin_item, int64_t end_item, void* scratch);
   void (*backward)(const AttentionBackward&, int64_t begin_task, int64_t end_task, void* scratch);
+  // Tiny sequences (attention_tiny.tier.cpp): forward where there is no AttentionBackward.
+  int64_t (*tiny_items)(const AttentionCall&, const AttentionBackward*);
+  int64_t (*tiny_bytes)(const AttentionCall&, const AttentionBackward*);
+  void (*tiny)(const AttentionCall&, const AttentionBackward*, int64_t begin_item, int64_t end_item, void* scratch);
 };
+
+// Whether the kernel for tiny sequences takes a call: it has the vectors full of batch entries, and what is added to their
+// scores is the same for all. Fewer queries go another way, whose sums have another order.
+inline bool is_tiny(const AttentionCall& call) {
+  return call.cu_q == nullptr && call.windows.tokens == nullptr && call.heads == call.kv_heads && call.len_q > 4 &&
+         call.len_q <= 16 && call.len_k > 0 && call.len_k <= 32 && call.batch >= 8 && call.gate == nullptr &&
+         call.normalise == 0 && call.softcap == 0 && call.dropout_p == 0 && call.limits.data == nullptr &&
+         call.segments_q.data == nullptr && call.head_scale == nullptr && call.bias.batch == 0 && call.mask.batch == 0;
+}
 
 struct AttentionTier {
   AttentionKernels kernels[float_numbers];  // by the type of q; null functions in tiers without

@@ -4,14 +4,18 @@
 
 namespace mmk::MMK_TIER {
 
-#define MMK_ATTENTION_BACKWARD(type, name)                 \
-  int64_t name##_bytes(const AttentionBackward&);          \
-  void name(const AttentionBackward&, int64_t, int64_t, void*);
-MMK_ATTENTION_BACKWARD(float, attention_backward_float32)
-MMK_ATTENTION_BACKWARD(bfloat16, attention_backward_bfloat16)
-MMK_ATTENTION_BACKWARD(float16, attention_backward_float16)
+// Of the other files.
+#define MMK_ATTENTION_PASSES(type)                                                        \
+  int64_t attention_backward_##type##_bytes(const AttentionBackward&);                    \
+  void attention_backward_##type(const AttentionBackward&, int64_t, int64_t, void*);      \
+  int64_t attention_tiny_##type##_items(const AttentionCall&, const AttentionBackward*);  \
+  int64_t attention_tiny_##type##_bytes(const AttentionCall&, const AttentionBackward*);  \
+  void attention_tiny_##type(const AttentionCall&, const AttentionBackward*, int64_t, int64_t, void*);
+MMK_ATTENTION_PASSES(float32)
+MMK_ATTENTION_PASSES(bfloat16)
+MMK_ATTENTION_PASSES(float16)
 #if MMK_TIER_ID(MMK_TIER) == MMK_TIER_IS_generic
-MMK_ATTENTION_BACKWARD(double, attention_backward_float64)
+MMK_ATTENTION_PASSES(float64)
 #endif
 
 namespace {
@@ -129,11 +133,11 @@ class Forward {
   void stage(const Pair& pair) {
     staged_b = pair.b;
     staged_h = pair.h;
-    few = is_few<A>(pair.rows, call);
+    direct = false;
     if (addends.by_key) make_key_addends(call, pair, memory + addends_at);
     const bool plain = !pair.tokens && pair.len_k > 0;
     // Few rows read their keys once, as they lie.
-    direct = few && plain && call.normalise == 0 && !call.gate;
+    direct = is_few<A>(pair.rows, pair, call) && plain && call.normalise == 0 && !call.gate;
     if (direct || pair.len_k == 0) return;
     const auto in_place = [&](const AttentionOperand& operand, int64_t channels) {
       return plain && (operand.row == channels || pair.rows <= 2 * lanes);
@@ -192,9 +196,12 @@ class Forward {
     }
   }
 
+  // A panel of a few rows, or with few left over.
+  bool goes_few(const Pair& pair, const Panel<A>& panel) const { return is_few<A>(panel.count, pair, call); }
+
   void load_queries(const Pair& pair, const Panel<A>& panel, A* to) {
     const auto row = [&](int64_t lane) { return pair.at<T>(call.q, panel.head[lane], panel.query[lane], pair.first_q); };
-    if (few) {
+    if (goes_few(pair, panel)) {
       for (int64_t r = 0; r < panel.count; ++r) {
         const T* from = row(r);
         A factor = scale_of(panel.head[r]);
@@ -230,6 +237,7 @@ class Forward {
     const A* queries = memory + panels_at + p * call.dim * lanes;
     A* outs = memory + outs_at + p * call.value_dim * lanes;
     const int64_t count = last - first;
+    const bool few = goes_few(pair, panel);
     if (!few) {
       score_panel<A, vectors>(keys, first, last, call.dim, queries, scores);
     } else if (direct) {
@@ -336,7 +344,7 @@ class Forward {
     if (!started) {
       for (int64_t lane = 0; lane < panel.count; ++lane)
         if (T* to = row(lane)) memset(to, 0, static_cast<size_t>(call.value_dim) * sizeof(T));
-    } else if (few) {
+    } else if (goes_few(pair, panel)) {
       for (int64_t r = 0; r < panel.count; ++r)
         if (T* to = row(r))
           for (int64_t k = 0; k < call.value_dim; k += V::width)
@@ -349,7 +357,7 @@ class Forward {
   const AttentionCall& call;
   const Addends addends;
   const Dropout dropout;
-  bool caches, streams, few = false, direct = false;
+  bool caches, streams, direct = false;
   int64_t cached_elements, scores_at, panels_at, outs_at, keys_at, values_at, cached_at, addends_at, elements;
   const Pair* following = nullptr;
   A* memory = nullptr;
@@ -369,12 +377,18 @@ void forward(const AttentionCall& call, int64_t begin, int64_t end, void* scratc
 
 }  // namespace
 
+#define MMK_ATTENTION_KERNELS(storage, type)                                                                     \
+  {                                                                                                              \
+    forward_bytes<storage>, attention_backward_##type##_bytes, forward<storage>, attention_backward_##type,      \
+        attention_tiny_##type##_items, attention_tiny_##type##_bytes, attention_tiny_##type                      \
+  }
+
 const AttentionTier attention_kernels = {{
-    {forward_bytes<float>, attention_backward_float32_bytes, forward<float>, attention_backward_float32},
-    {forward_bytes<bfloat16>, attention_backward_bfloat16_bytes, forward<bfloat16>, attention_backward_bfloat16},
-    {forward_bytes<float16>, attention_backward_float16_bytes, forward<float16>, attention_backward_float16},
+    MMK_ATTENTION_KERNELS(float, float32),
+    MMK_ATTENTION_KERNELS(bfloat16, bfloat16),
+    MMK_ATTENTION_KERNELS(float16, float16),
 #if MMK_TIER_ID(MMK_TIER) == MMK_TIER_IS_generic
-    {forward_bytes<double>, attention_backward_float64_bytes, forward<double>, attention_backward_float64},
+    MMK_ATTENTION_KERNELS(double, float64),
 #else
     {},
 #endif

@@ -95,7 +95,6 @@ class Backward {
   void run_pair(const Pair& pair, int64_t chunk, int64_t split) {
     const int64_t part = (pair.rows + back.splits - 1) / back.splits;
     const int64_t begin = least(split * part, pair.rows), end = least(begin + part, pair.rows);
-    few = is_few<A>(end - begin, call);
     number = pair.b * call.kv_heads + pair.h;
     if (back.grad_pad) {
       A* pad = static_cast<A*>(back.grad_pad) + number * (call.dim + call.value_dim);
@@ -219,7 +218,7 @@ class Backward {
           centre[r] -= static_cast<const A*>(back.grad_lse)[at];
         }
       }
-      if (few) continue;
+      if (is_few<A>(panel.count, pair, call)) continue;
       const int64_t at = first - begin;
       to_lanes<A, A>(panel.vectors(), panel.count, call.dim, static_cast<const A*>(nullptr), memory + query_panels_at + at * call.dim,
                      [&](int64_t lane) { return memory + query_rows_at + (at + lane) * dim; });
@@ -237,6 +236,7 @@ class Backward {
     A *weight = weights(p, count), *grad = grads(p, count), *capped = memory + capped_at;
     const A* queries = memory + query_rows_at + row * dim;
     const A* upstream = memory + out_rows_at + row * value_dim;
+    const bool few = is_few<A>(panel.count, pair, call);
     if (few) {
       score_few<A>(keys.data + first * keys.row, keys.row, count, queries, panel.count, call.dim, weight);
       score_few<A>(values.data + first * values.row, values.row, count, upstream, panel.count, call.value_dim, grad);
@@ -413,6 +413,7 @@ class Backward {
       if (!pair.inside(panel.query[lane])) return nullptr;
       return pair.at<T>(back.grad_q, panel.head[lane], panel.query[lane], pair.first_q);
     };
+    const bool few = is_few<A>(panel.count, pair, call);
     A factors[lanes];
     for (int64_t lane = 0; lane < lanes; ++lane) factors[lane] = scale_of(panel.head[lane]);
     if (call.normalise == 0 && back.grad_scale == nullptr && !few)
@@ -454,7 +455,6 @@ class Backward {
   const AttentionCall& call;
   const Addends addends;
   const Dropout dropout;
-  bool few = false;
   int64_t number = 0;  // of the pair
   int64_t dim, value_dim;  // padded to whole vectors
   int64_t weights_at, grads_at, dropped_at, capped_at, keys_at, values_at, key_factors_at, grad_keys_at, grad_values_at,

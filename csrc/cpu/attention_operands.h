@@ -38,6 +38,11 @@ inline std::int64_t attention_work(std::int64_t rows, std::int64_t keys, std::in
   return std::max<std::int64_t>(1, rows * keys * (channels + 16) / 16);
 }
 
+// The same of an item of tiny sequences, a vector of batch entries.
+inline std::int64_t tiny_work(const AttentionCall& call) {
+  return 8 * attention_work(call.len_q, call.len_k, call.dim + call.value_dim);
+}
+
 // How rows and batch entries of a forward call become items (attention.h).
 inline std::int64_t cut_into_items(AttentionCall& call, bool shared_addends) {
   const std::int64_t rows = call.heads / call.kv_heads * call.len_q;

@@ -11,9 +11,11 @@ namespace {
 template <class A>
 inline constexpr int64_t few_rows = Vec<A>::width < 4 ? Vec<A>::width : 4;
 
+// Rows that are left over after many go this way too; those of the sequences that is_tiny takes do not, whose sums would then
+// have two orders.
 template <class A>
-inline bool is_few(int64_t rows, const AttentionCall& call) {
-  return rows <= few_rows<A> && call.dim % Vec<A>::width == 0 && call.value_dim % Vec<A>::width == 0;
+inline bool is_few(int64_t rows, const Pair& pair, const AttentionCall& call) {
+  return rows <= few_rows<A> && (pair.rows <= few_rows<A> || pair.rows > 16) && call.dim % Vec<A>::width == 0 && call.value_dim % Vec<A>::width == 0;
 }
 
 // to [keys][lanes] = keys [keys][depth] . panel [depth][lanes]

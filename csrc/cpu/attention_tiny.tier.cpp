@@ -1,0 +1,330 @@
+// Attention of one tier over sequences of at most 16 queries, forward and backward: the words of a patch, the frames of a
+// token. A vector's lanes are batch entries, each with a whole problem of its own, so that nothing is padded to a panel and
+// every load and store of a model's rows is a full one. Elements come out with the same bits as from the other kernels.
+#include "attention_pair.h"
+#include "attention_scores.h"
+
+namespace mmk::MMK_TIER {
+namespace {
+
+// c[i][n] = sum over ascending k of a[i][k] b[n][k], lane by lane; strides in elements.
+template <class A>
+struct EachProduct {
+  const A* a;
+  int64_t a_row, a_step;
+  const A* b;
+  int64_t b_row, b_step;
+  int64_t depth;
+  A* c;
+  int64_t c_row, c_col;
+};
+
+inline constexpr int each_rows = 4, each_cols = 3;
+
+template <int rows, int cols, class A>
+inline void multiply_each_block(const EachProduct<A>& p, const A* a, const A* b, A* c) {
+  using V = Vec<A>;
+  typename V::Register sums[rows][cols];
+  for (auto& row : sums)
+    for (auto& sum : row) sum = V::zero();
+  for (int64_t k = 0; k < p.depth; ++k) {
+    typename V::Register right[cols];
+#pragma GCC unroll 4
+    for (int n = 0; n < cols; ++n) right[n] = V::load(b + n * p.b_row + k * p.b_step);
+#pragma GCC unroll 4
+    for (int i = 0; i < rows; ++i) {
+      const typename V::Register left = V::load(a + i * p.a_row + k * p.a_step);
+#pragma GCC unroll 4
+      for (int n = 0; n < cols; ++n) sums[i][n] = V::fma(left, right[n], sums[i][n]);
+    }
+  }
+  for (int i = 0; i < rows; ++i)
+    for (int n = 0; n < cols; ++n) V::store(c + i * p.c_row + n * p.c_col, sums[i][n]);
+}
+
+template <int rows, class A>
+inline void multiply_each_rows(const EachProduct<A>& p, int64_t row, int64_t cols) {
+  const A* a = p.a + row * p.a_row;
+  A* c = p.c + row * p.c_row;
+  int64_t n = 0;
+  for (; n + each_cols <= cols; n += each_cols) multiply_each_block<rows, each_cols>(p, a, p.b + n * p.b_row, c + n * p.c_col);
+  for (; n < cols; ++n) multiply_each_block<rows, 1>(p, a, p.b + n * p.b_row, c + n * p.c_col);
+}
+
+template <class A>
+inline void multiply_each(const EachProduct<A>& p, int64_t rows, int64_t cols) {
+  int64_t row = 0;
+  for (; row + each_rows <= rows; row += each_rows) multiply_each_rows<each_rows>(p, row, cols);
+  for (; row < rows; ++row) multiply_each_rows<1>(p, row, cols);
+}
+
+// As many heads as fill whole vectors, where a token's heads lie side by side.
+template <class A>
+int64_t heads_together(const AttentionCall& call, const AttentionBackward* back) {
+  const auto dense = [&](const AttentionOperand& operand, int64_t channels) { return operand.head == channels; };
+  if (!dense(call.q, call.dim) || !dense(call.k, call.dim) || !dense(call.v, call.value_dim)) return 1;
+  if (back && !dense(back->grad_out, call.value_dim)) return 1;
+  for (int64_t heads = 1; heads <= 8 && heads <= call.heads; heads *= 2)
+    if (heads * call.dim % Vec<A>::width == 0 && heads * call.value_dim % Vec<A>::width == 0 && call.heads % heads == 0) return heads;
+  return 1;
+}
+
+template <class T>
+class Tiny {
+  using A = accumulator_t<T>;
+  using V = Vec<A>;
+  using Register = typename V::Register;
+  static constexpr int64_t width = V::width;
+
+ public:
+  Tiny(const AttentionCall& c, const AttentionBackward* b) : call(c), back(b), addends(c), together(heads_together<A>(c, b)) {
+    int64_t end = 0;
+    const auto take = [&](int64_t vectors) {
+      const int64_t at = end;
+      end += vectors * width;
+      return at;
+    };
+    const int64_t q = c.len_q * together * c.dim, k = c.len_k * together * c.dim;
+    const int64_t v = c.len_k * together * c.value_dim, out = c.len_q * together * c.value_dim;
+    q_at = take(q);
+    k_at = take(k);
+    v_at = take(v);
+    out_at = take(out);
+    weights_at = take(c.len_q * c.len_k);
+    added_at = take((c.len_q * c.len_k + width - 1) / width);
+    if (back) {
+      grad_q_at = take(q);
+      grad_k_at = take(k);
+      grad_v_at = take(v);
+      grads_at = take(c.len_q * c.len_k);
+    }
+    elements = end;
+  }
+
+  int64_t items() const { return (call.batch + width - 1) / width * (call.heads / together); }
+  int64_t bytes() const { return elements * static_cast<int64_t>(sizeof(A)); }
+
+  void run(int64_t begin, int64_t end, void* scratch) {
+    memory = static_cast<A*>(scratch);
+    const int64_t groups = call.heads / together;
+    for (int64_t item = begin; item < end; ++item) {
+      batch = item / groups * width;
+      count = least(call.batch - batch, width);
+      head = item % groups * together;
+      load(call.q, call.len_q, call.dim, q_at);
+      load(call.k, call.len_k, call.dim, k_at);
+      load(call.v, call.len_k, call.value_dim, v_at);
+      if (back) load(back->grad_out, call.len_q, call.value_dim, out_at);
+      const Register scale = V::set(static_cast<A>(call.scale));
+      for (int64_t i = 0; i < call.len_q * together * call.dim; ++i) {
+        A* at = memory + q_at + i * width;
+        V::store(at, V::load(at) * scale);
+      }
+      for (int64_t g = 0; g < together; ++g) {
+        if (addends.any || call.window_left >= 0 || call.window_right >= 0) add_up(head + g);
+        if (back) {
+          run_backward(g);
+        } else {
+          run_forward(g);
+        }
+      }
+      if (back) {
+        store(back->grad_q, call.len_q, call.dim, grad_q_at);
+        store(back->grad_k, call.len_k, call.dim, grad_k_at);
+        store(back->grad_v, call.len_k, call.value_dim, grad_v_at);
+      } else {
+        store(call.out, call.len_q, call.value_dim, out_at);
+      }
+    }
+  }
+
+ private:
+  template <class S>
+  S* row_of(const AttentionOperand& operand, int64_t lane, int64_t token) const {
+    return const_cast<S*>(static_cast<const S*>(operand.data)) + (batch + lane) * operand.batch + head * operand.head +
+           token * operand.row;
+  }
+
+  // Tokens of all lanes, to[token][channel][lane]; lanes that do not exist repeat the last.
+  void load(const AttentionOperand& operand, int64_t tokens, int64_t dim, int64_t to) {
+    const int64_t channels = together * dim;
+    for (int64_t token = 0; token < tokens; ++token) {
+      const T* from[width];
+      for (int64_t lane = 0; lane < width; ++lane) from[lane] = row_of<T>(operand, least(lane, count - 1), token);
+      A* out = memory + to + token * channels * width;
+      for_each_vector<A>(channels, [&](int64_t k, int64_t lanes) {
+        Register square[width];
+        for (int64_t lane = 0; lane < width; ++lane) square[lane] = load_lanes<A>(from[lane] + k, lanes);
+        V::transpose(square);
+        for (int64_t i = 0; i < lanes; ++i) V::store(out + (k + i) * width, square[i]);
+      });
+    }
+  }
+
+  void store(const AttentionOperand& operand, int64_t tokens, int64_t dim, int64_t from) {
+    const int64_t channels = together * dim;
+    for (int64_t token = 0; token < tokens; ++token) {
+      const A* in = memory + from + token * channels * width;
+      for_each_vector<A>(channels, [&](int64_t k, int64_t lanes) {
+        Register square[width];
+        for (int64_t i = 0; i < width; ++i) square[i] = i < lanes ? V::load(in + (k + i) * width) : V::zero();
+        V::transpose(square);
+        for (int64_t lane = 0; lane < count; ++lane) store_lanes<A>(row_of<T>(operand, lane, token) + k, square[lane], lanes);
+      });
+    }
+  }
+
+  // What is added to a head's scores, the same for all lanes: bias, and -infinity where a key is not seen.
+  void add_up(int64_t h) {
+    const int64_t shift = call.bottom_right ? call.len_k - call.len_q : 0;
+    for (int64_t i = 0; i < call.len_q; ++i)
+      for (int64_t j = 0; j < call.len_k; ++j) {
+        A value = A(0);
+        if (call.bias.data)
+          value = element_of<A>(call.bias.data, call.bias.number, h * call.bias.head + i * call.bias.row + j * call.bias.col);
+        if (call.mask.data && !static_cast<const uint8_t*>(call.mask.data)[h * call.mask.head + i * call.mask.row + j * call.mask.col])
+          value = static_cast<A>(minus_infinity);
+        if (call.window_left >= 0 && j < i + shift - call.window_left) value = static_cast<A>(minus_infinity);
+        if (call.window_right >= 0 && j > i + shift + call.window_right) value = static_cast<A>(minus_infinity);
+        memory[added_at + i * call.len_k + j] = value;
+      }
+  }
+
+  // scores[i][j] of one of the heads, in `weights`.
+  void score(int64_t g) {
+    const int64_t row = together * call.dim * width, first = g * call.dim * width;
+    multiply_each(EachProduct<A>{memory + q_at + first, row, width, memory + k_at + first, row, width, call.dim,
+                                 memory + weights_at, call.len_k * width, width},
+                  call.len_q, call.len_k);
+    if (!addends.any && call.window_left < 0 && call.window_right < 0) return;
+    for (int64_t i = 0; i < call.len_q * call.len_k; ++i) {
+      A* at = memory + weights_at + i * width;
+      V::store(at, V::load(at) + V::set(memory[added_at + i]));
+    }
+  }
+
+  A* lse_of(int64_t lane, int64_t g, int64_t i) const {
+    return static_cast<A*>(call.lse) + (batch + lane) * call.lse_batch + (head + g) * call.lse_head + i * call.lse_row;
+  }
+
+  void run_forward(int64_t g) {
+    score(g);
+    const A lowest = is_double<A> ? static_cast<A>(-__DBL_MAX__) : static_cast<A>(-__FLT_MAX__);
+    A factors[16 * width];
+    for (int64_t i = 0; i < call.len_q; ++i) {
+      A* row = memory + weights_at + i * call.len_k * width;
+      Register top = V::set(static_cast<A>(minus_infinity));
+      for (int64_t j = 0; j < call.len_k; ++j) top = V::max(top, V::load(row + j * width));
+      const Register from = V::select(V::less_equal(V::set(lowest), top), top, V::zero());
+      Register chains[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
+      const auto weigh = [&](int64_t j, int chain) {
+        const Register weight = exp_of_negative<A>(V::load(row + j * width) - from);
+        chains[chain] = chains[chain] + weight;
+        V::store(row + j * width, weight);
+      };
+      int64_t j = 0;
+      for (; j + 4 <= call.len_k; j += 4)
+        for (int chain = 0; chain < 4; ++chain) weigh(j + chain, chain);
+      for (; j < call.len_k; ++j) weigh(j, 0);
+      A sums[width], tops[width];
+      V::store(sums, (chains[0] + chains[1]) + (chains[2] + chains[3]));
+      V::store(tops, from);
+      for (int64_t lane = 0; lane < width; ++lane) tops[lane] += log_of_positive(sums[lane]);
+      for (int64_t lane = 0; lane < width; ++lane) {
+        const bool nothing = sums[lane] == A(0);
+        factors[i * width + lane] = nothing ? A(0) : A(1) / sums[lane];
+        if (nothing) tops[lane] = static_cast<A>(minus_infinity);
+      }
+      for (int64_t lane = 0; lane < count; ++lane) *lse_of(lane, g, i) = tops[lane];
+    }
+    A* out = memory + out_at + g * call.value_dim * width;
+    const int64_t row = together * call.value_dim * width;
+    multiply_each(EachProduct<A>{memory + weights_at, call.len_k * width, width, memory + v_at + g * call.value_dim * width, width, row,
+                                 call.len_k, out, row, width},
+                  call.len_q, call.value_dim);
+    for (int64_t i = 0; i < call.len_q; ++i)
+      for (int64_t k = 0; k < call.value_dim; ++k) {
+        A* at = out + i * row + k * width;
+        V::store(at, V::load(at) * V::load(factors + i * width));
+      }
+  }
+
+  void run_backward(int64_t g) {
+    const int64_t row = together * call.dim * width, value_row = together * call.value_dim * width, pairs = call.len_k * width;
+    A *weights = memory + weights_at, *grads = memory + grads_at;
+    const A *q = memory + q_at + g * call.dim * width, *k = memory + k_at + g * call.dim * width;
+    const A *v = memory + v_at + g * call.value_dim * width, *upstream = memory + out_at + g * call.value_dim * width;
+    score(g);
+    multiply_each(EachProduct<A>{upstream, value_row, width, v, value_row, width, call.value_dim, grads, pairs, width}, call.len_q,
+                  call.len_k);
+    for (int64_t i = 0; i < call.len_q; ++i) {
+      A lse[width], centre[width];
+      for (int64_t lane = 0; lane < width; ++lane) row_sums(least(lane, count - 1), g, i, lse[lane], centre[lane]);
+      const Register sum = V::load(lse), middle = V::load(centre);
+      for (int64_t j = 0; j < call.len_k; ++j) {
+        const int64_t at = i * pairs + j * width;
+        const Register w = exp_of_negative<A>(V::load(weights + at) - sum);
+        V::store(weights + at, w);
+        V::store(grads + at, w * (V::load(grads + at) - middle));
+      }
+    }
+    multiply_each(EachProduct<A>{weights, width, pairs, upstream, width, value_row, call.len_q,
+                                 memory + grad_v_at + g * call.value_dim * width, value_row, width},
+                  call.len_k, call.value_dim);
+    multiply_each(EachProduct<A>{grads, width, pairs, q, width, row, call.len_q, memory + grad_k_at + g * call.dim * width, row, width},
+                  call.len_k, call.dim);
+    A* grad_q = memory + grad_q_at + g * call.dim * width;
+    multiply_each(EachProduct<A>{grads, pairs, width, k, width, row, call.len_k, grad_q, row, width}, call.len_q, call.dim);
+    const Register scale = V::set(static_cast<A>(call.scale));
+    for (int64_t i = 0; i < call.len_q; ++i)
+      for (int64_t d = 0; d < call.dim; ++d) {
+        A* at = grad_q + i * row + d * width;
+        V::store(at, (V::zero() + V::load(at)) * scale);  // as the other kernels, whose sums begin at 0
+      }
+  }
+
+  // What backward needs of one query: the logarithm of its sum, and the centre of its gradients.
+  void row_sums(int64_t lane, int64_t g, int64_t i, A& lse, A& centre) const {
+    const T* out = row_of<T>(call.out, lane, i) + g * call.out.head;
+    const T* upstream = row_of<T>(back->grad_out, lane, i) + g * back->grad_out.head;
+    centre = sum_over<A>(call.value_dim, [&](Register sum, int64_t k, int64_t lanes) {
+      return V::fma(load_lanes<A>(out + k, lanes), load_lanes<A>(upstream + k, lanes), sum);
+    });
+    const A* at = lse_of(lane, g, i);
+    lse = *at;
+    if (lse == static_cast<A>(minus_infinity)) {
+      lse = static_cast<A>(-minus_infinity);
+    } else if (back->grad_lse) {
+      centre -= static_cast<const A*>(back->grad_lse)[at - static_cast<const A*>(call.lse)];
+    }
+  }
+
+  const AttentionCall& call;
+  const AttentionBackward* back;
+  const Addends addends;
+  const int64_t together;
+  int64_t q_at, k_at, v_at, out_at, weights_at, added_at, grad_q_at = 0, grad_k_at = 0, grad_v_at = 0, grads_at = 0, elements;
+  int64_t batch = 0, count = 0, head = 0;
+  A* memory = nullptr;
+};
+
+}  // namespace
+
+#define MMK_ATTENTION_TINY(type, name)                                                             \
+  int64_t name##_items(const AttentionCall& call, const AttentionBackward* back) {                 \
+    return Tiny<type>(call, back).items();                                                         \
+  }                                                                                                \
+  int64_t name##_bytes(const AttentionCall& call, const AttentionBackward* back) {                 \
+    return Tiny<type>(call, back).bytes();                                                         \
+  }                                                                                                \
+  void name(const AttentionCall& call, const AttentionBackward* back, int64_t begin, int64_t end, void* scratch) { \
+    Tiny<type>(call, back).run(begin, end, scratch);                                               \
+  }
+MMK_ATTENTION_TINY(float, attention_tiny_float32)
+MMK_ATTENTION_TINY(bfloat16, attention_tiny_bfloat16)
+MMK_ATTENTION_TINY(float16, attention_tiny_float16)
+#if MMK_TIER_ID(MMK_TIER) == MMK_TIER_IS_generic
+MMK_ATTENTION_TINY(double, attention_tiny_float64)
+#endif
+
+}  // namespace mmk::MMK_TIER
