@@ -1,6 +1,7 @@
 """Modules made of ops, each with the kernels on or off."""
 
 from mmkernels.nn.activator import ActivatorBlock
+from mmkernels.nn.attention import CrossAttention, MultiheadAttention
 from mmkernels.nn.linear import Linear
 from mmkernels.nn.mlp import GluMlp, Mlp
 from mmkernels.nn.norm import LayerNorm, RMSNorm
@@ -9,10 +10,12 @@ from mmkernels.nn.token_roll import TokenRoll, TokenRollLayerNorm, visual_ranges
 
 __all__ = [
     "ActivatorBlock",
+    "CrossAttention",
     "GluMlp",
     "LayerNorm",
     "Linear",
     "Mlp",
+    "MultiheadAttention",
     "RMSNorm",
     "TokenRoll",
     "TokenRollLayerNorm",

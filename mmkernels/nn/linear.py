@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from mmkernels.nn.packed import WeightPack
+from mmkernels.nn.packed import Packing, WeightPack
 from mmkernels.nn.tensor_classes import op_takes
 from mmkernels.ops.linear import linear
 from mmkernels.ops.packed_linear import PackedLinear
@@ -22,7 +21,7 @@ def check_activation(activation: Any) -> None:
         raise ValueError(f"activation: expected one of {', '.join(map(str, ACTIVATIONS))}, got {activation!r}")
 
 
-class Linear(nn.Linear):
+class Linear(Packing, nn.Linear):
     """activation(x W^T + bias) + residual: nn.Linear through :func:`mmkernels.linear`.
 
     Parameters and state_dict keys are those of nn.Linear, so either loads the other's weights. In eval mode on the CPU the
@@ -80,39 +79,6 @@ class Linear(nn.Linear):
             TypeError, ValueError: with kernels, as :func:`mmkernels.linear`.
         """
         return run(self, x, self.activation, residual)
-
-    def repack(self) -> None:
-        """Packs the weight anew, as it is now, after writes that torch does not count; in training mode there is no pack."""
-        self._pack.drop()
-        self.prepare_pack()
-
-    def prepare_pack(self) -> None:
-        """What an event that may have changed mode or weight ends with: a pack in eval mode, none in training."""
-        if self.training or not self.kernels:
-            self._pack.drop()
-        else:
-            # Not self.weight, which a parametrization would compute.
-            self._pack.prepare(self._parameters.get("weight"), self._parameters.get("bias"))
-
-    def train(self, mode: bool = True) -> Linear:
-        super().train(mode)
-        self.prepare_pack()
-        return self
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Linear:
-        self._pack.drop()
-        super()._apply(fn, recurse)
-        self.prepare_pack()
-        return self
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._pack.drop()
-        super()._load_from_state_dict(*args, **kwargs)
-        self.prepare_pack()
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self.prepare_pack()
 
     def extra_repr(self) -> str:
         return (

@@ -15,8 +15,9 @@ whose writes torch does not count. (Not in int8, where the call would then give 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from torch.compiler import assume_constant_result, is_compiling, is_exporting
 from mmkernels.ops.packed_linear import PackedLinear, pack_linear
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
+AnyPacking = TypeVar("AnyPacking", bound="Packing")
 
 
 class WeightPack:
@@ -108,6 +110,50 @@ def _packable(weight: Tensor, bias: Tensor | None) -> bool:
     )
 
 
+class Packing(nn.Module):
+    """What a module that packs one of its weights derives from, before torch's module: the events that a pack lives by.
+
+    The module has `kernels`, and makes `_pack` before any of these events.
+    """
+
+    _pack: WeightPack
+    _packed_parameters = ("weight", "bias")
+
+    def repack(self) -> None:
+        """Packs the weight anew, as it is now, after writes that torch does not count; in training mode there is no pack."""
+        self._pack.drop()
+        self.prepare_pack()
+
+    def prepare_pack(self) -> None:
+        """What an event that may have changed mode or weight ends with: a pack in eval mode, none in training."""
+        if self.training or not self.kernels:
+            self._pack.drop()
+        else:
+            # Not the attributes, which a parametrization would compute.
+            weight, bias = (self._parameters.get(name) for name in self._packed_parameters)
+            self._pack.prepare(weight, bias)
+
+    def train(self: AnyPacking, mode: bool = True) -> AnyPacking:
+        super().train(mode)
+        self.prepare_pack()
+        return self
+
+    def _apply(self: AnyPacking, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AnyPacking:
+        self._pack.drop()
+        super()._apply(fn, recurse)
+        self.prepare_pack()
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._pack.drop()
+        super()._load_from_state_dict(*args, **kwargs)
+        self.prepare_pack()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.prepare_pack()
+
+
 def repack(model: AnyModule) -> AnyModule:
     """Packs the weights of every layer of `model` anew, as they are now; layers in training mode have no pack.
 
@@ -115,14 +161,12 @@ def repack(model: AnyModule) -> AnyModule:
     NumPy view, or by foreign code (a collective, in int8 a fused optimizer) into the memory itself. Others are noticed.
 
     Args:
-        model: any module with :class:`Linear` layers in it.
+        model: any module with layers of this package in it.
 
     Returns:
         The model.
     """
     for module in model.modules():
-        pack = module.__dict__.get("_pack")
-        if isinstance(pack, WeightPack):
-            pack.drop()
-            module.prepare_pack()
+        if isinstance(module, Packing):
+            module.repack()
     return model
