@@ -303,6 +303,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   check(!need_bias || bias.has_value(), "need_bias", "expected with bias only");
   check(!need_gate || value_gate.has_value(), "need_gate", "expected with value_gate only");
 
+  call.stream = exceeds_cache(static_cast<std::int64_t>(2 * (3 * q.numel() + k.numel() + v.numel()) * q.element_size()));
   Tensor grad_q = new_heads(q, q, call.dim, packed), grad_k = new_heads(q, k, call.dim, packed);
   Tensor grad_v = new_heads(q, k, call.value_dim, packed);
   const auto small = [&](bool needed, const MaybeTensor& like) {

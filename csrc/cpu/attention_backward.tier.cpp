@@ -53,6 +53,9 @@ class Backward {
     row_at = take(lanes * call.dim);
     addends_at = take(!addends.any ? 0 : addends.by_key ? call.len_k : block);
     elements = end;
+    stream_queries = streams(back.grad_q, call.dim);
+    stream_keys = streams(back.grad_k, call.dim);
+    stream_values = streams(back.grad_v, call.value_dim);
   }
 
   int64_t bytes() const { return elements * static_cast<int64_t>(sizeof(A)); }
@@ -65,26 +68,41 @@ class Backward {
       const int64_t split = task % back.splits, chunk = task / back.splits % back.chunks;
       const int64_t group = task / back.splits / back.chunks;
       for (int64_t m = chunk * run_length; m < least((chunk + 1) * run_length, members); ++m) {
-        int64_t b, h;
-        if (back.group_batch && back.group_heads) {
-          b = m / call.kv_heads;
-          h = m % call.kv_heads;
-        } else if (back.group_batch) {
-          b = m;
-          h = group;
-        } else if (back.group_heads) {
-          b = group;
-          h = m;
-        } else {
-          b = group / call.kv_heads;
-          h = group % call.kv_heads;
-        }
-        run_pair(Pair(call, b, h), chunk, split);
+        const Pair next = member(group, least(m + 1, members - 1));
+        following = m + 1 < members ? &next : nullptr;
+        run_pair(member(group, m), chunk, split);
       }
     }
+    if (stream_keys || stream_values || stream_queries) stream_fence();
   }
 
  private:
+  Pair member(int64_t group, int64_t m) const {
+    if (back.group_batch && back.group_heads) return Pair(call, m / call.kv_heads, m % call.kv_heads);
+    if (back.group_batch) return Pair(call, m, group);
+    if (back.group_heads) return Pair(call, group, m);
+    return Pair(call, group / call.kv_heads, group % call.kv_heads);
+  }
+
+  // A share of what the next pair reads: it comes while this one computes.
+  void prefetch(int64_t index, int64_t parts) const {
+    if (following == nullptr) return;
+    const Pair& pair = *following;
+    prefetch_rows<T>(pair, call.k, pair.h, pair.first_k, pair.len_k, call.dim, index, parts);
+    prefetch_rows<T>(pair, call.v, pair.h, pair.first_k, pair.len_k, call.value_dim, index, parts);
+    for (int64_t head = pair.h * pair.group; head < (pair.h + 1) * pair.group; ++head) {
+      prefetch_rows<T>(pair, call.q, head, pair.first_q, pair.len_q, call.dim, index, parts);
+      prefetch_rows<T>(pair, call.out, head, pair.first_q, pair.len_q, call.value_dim, index, parts);
+      prefetch_rows<T>(pair, back.grad_out, head, pair.first_q, pair.len_q, call.value_dim, index, parts);
+    }
+  }
+
+  bool streams(const AttentionOperand& to, int64_t channels) const {
+    const T* data = static_cast<const T*>(to.data);
+    return call.stream && rows_aligned<T>(data, channels) && rows_aligned<T>(data, to.row) && rows_aligned<T>(data, to.head) &&
+           rows_aligned<T>(data, to.batch);
+  }
+
   static int64_t padded(int64_t channels) { return (channels + V::width - 1) / V::width * V::width; }
 
   static int64_t key_block(int64_t len_k) {
@@ -116,6 +134,7 @@ class Backward {
         }
         if (!any) continue;
         for (int64_t p = 0; p < panels; ++p) {
+          if (key == 0) prefetch((row - begin) / lanes + p, (end - begin + lanes - 1) / lanes);
           if (seen[p]) {
             const Panel<A> panel(pair, row + p * lanes, end);
             with_vectors(panel.vectors(), [&]<int vectors>() {
@@ -383,12 +402,16 @@ class Backward {
         for (int64_t k = 0; k < call.value_dim; ++k) pad[call.dim + k] += value_grad[k];
         continue;
       }
-      store_row(grad, call.dim, pair.key<T>(back.grad_k, key));
-      store_row(value_grad, call.value_dim, pair.key<T>(back.grad_v, key));
+      store_row(grad, call.dim, stream_keys, pair.key<T>(back.grad_k, key));
+      store_row(value_grad, call.value_dim, stream_values, pair.key<T>(back.grad_v, key));
     }
   }
 
-  static void store_row(const A* from, int64_t channels, T* to) {
+  static void store_row(const A* from, int64_t channels, bool stream, T* to) {
+    if (stream) {
+      for (int64_t k = 0; k < channels; k += V::width) V::stream(to + k, V::load(from + k));
+      return;
+    }
     for_each_vector<A>(channels, [&](int64_t k, int64_t width) { store_lanes<A>(to + k, load_lanes<A>(from + k, width), width); });
   }
 
@@ -417,7 +440,7 @@ class Backward {
     A factors[lanes];
     for (int64_t lane = 0; lane < lanes; ++lane) factors[lane] = scale_of(panel.head[lane]);
     if (call.normalise == 0 && back.grad_scale == nullptr && !few)
-      return from_lanes<A, T>(panel.vectors(), panel.count, call.dim, sums, factors, false, to);
+      return from_lanes<A, T>(panel.vectors(), panel.count, call.dim, sums, factors, stream_queries, to);
     A* rows = memory + row_at;
     if (few) {
       memcpy(rows, sums, static_cast<size_t>(panel.count * call.dim) * sizeof(A));
@@ -447,7 +470,7 @@ class Backward {
         store_lanes<A>(grad + k, load_lanes<A>(grad + k, width) * scale, width);
       });
       if (call.normalise > 0) along_sphere(unit, factor, grad);
-      store_row(grad, call.dim, result);
+      store_row(grad, call.dim, stream_queries, result);
     }
   }
 
@@ -456,6 +479,8 @@ class Backward {
   const Addends addends;
   const Dropout dropout;
   int64_t number = 0;  // of the pair
+  bool stream_queries, stream_keys, stream_values;
+  const Pair* following = nullptr;
   int64_t dim, value_dim;  // padded to whole vectors
   int64_t weights_at, grads_at, dropped_at, capped_at, keys_at, values_at, key_factors_at, grad_keys_at, grad_values_at,
       query_rows_at, out_rows_at, query_panels_at, out_panels_at, grad_panels_at, lse_at, centre_at, row_factors_at, row_at,

@@ -59,8 +59,10 @@ inline std::int64_t cut_into_items(AttentionCall& call, bool shared_addends) {
 // Groups and chunks of a backward call whose bias gradient is summed over the batch, over the heads or over both. There are
 // at least 16 tasks where sizes allow it, and no more sums than 256 MB hold.
 inline std::int64_t cut_into_tasks(AttentionBackward& back, std::int64_t bias_elements) {
-  constexpr std::int64_t wanted = 16, most_elements = std::int64_t{1} << 26;
+  constexpr std::int64_t wanted = 16, most_elements = std::int64_t{1} << 26, kept_elements = 1 << 16;
   const AttentionCall& call = back.call;
+  // A small bias's sums stay in the cache for all heads, whose rows lie side by side in memory.
+  if (back.group_batch && bias_elements <= kept_elements && call.batch >= wanted) back.group_heads = true;
   const std::int64_t members = (back.group_batch ? call.batch : 1) * (back.group_heads ? call.kv_heads : 1);
   const std::int64_t groups = call.batch * call.kv_heads / std::max<std::int64_t>(1, members);
   back.chunks = std::clamp<std::int64_t>((wanted + groups - 1) / std::max<std::int64_t>(1, groups), 1, std::max<std::int64_t>(1, members));

@@ -108,9 +108,10 @@ class Tiny {
     memory = static_cast<A*>(scratch);
     const int64_t groups = call.heads / together;
     for (int64_t item = begin; item < end; ++item) {
-      batch = item / groups * width;
-      count = least(call.batch - batch, width);
-      head = item % groups * together;
+      place(item, groups);
+      last = item + 1 == end;
+      next_batch = (item + 1) / groups * width;
+      next_head = (item + 1) % groups * together;
       load(call.q, call.len_q, call.dim, q_at);
       load(call.k, call.len_k, call.dim, k_at);
       load(call.v, call.len_k, call.value_dim, v_at);
@@ -139,6 +140,33 @@ class Tiny {
   }
 
  private:
+  void place(int64_t item, int64_t groups) {
+    batch = item / groups * width;
+    count = least(call.batch - batch, width);
+    head = item % groups * together;
+  }
+
+  // A share of what the next item reads: it comes while this one computes.
+  void prefetch(int64_t index, int64_t parts) const {
+    if (last) return;
+    const auto rows = [&](const AttentionOperand& operand, int64_t tokens, int64_t dim) {
+      const int64_t lanes = least(call.batch - next_batch, width), bytes = together * dim * static_cast<int64_t>(sizeof(T));
+      for (int64_t i = lanes * tokens * index / parts; i < lanes * tokens * (index + 1) / parts; ++i) {
+        const char* row = reinterpret_cast<const char*>(static_cast<const T*>(operand.data) +
+                                                        (next_batch + i / tokens) * operand.batch + next_head * operand.head +
+                                                        i % tokens * operand.row);
+        for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(row + byte, 0, 2);
+      }
+    };
+    rows(call.q, call.len_q, call.dim);
+    rows(call.k, call.len_k, call.dim);
+    rows(call.v, call.len_k, call.value_dim);
+    if (back) {
+      rows(call.out, call.len_q, call.value_dim);
+      rows(back->grad_out, call.len_q, call.value_dim);
+    }
+  }
+
   template <class S>
   S* row_of(const AttentionOperand& operand, int64_t lane, int64_t token) const {
     return const_cast<S*>(static_cast<const S*>(operand.data)) + (batch + lane) * operand.batch + head * operand.head +
@@ -212,6 +240,7 @@ class Tiny {
     const A lowest = is_double<A> ? static_cast<A>(-__DBL_MAX__) : static_cast<A>(-__FLT_MAX__);
     A factors[16 * width];
     for (int64_t i = 0; i < call.len_q; ++i) {
+      prefetch(g * call.len_q + i, together * call.len_q);
       A* row = memory + weights_at + i * call.len_k * width;
       Register top = V::set(static_cast<A>(minus_infinity));
       for (int64_t j = 0; j < call.len_k; ++j) top = V::max(top, V::load(row + j * width));
@@ -258,6 +287,7 @@ class Tiny {
     multiply_each(EachProduct<A>{upstream, value_row, width, v, value_row, width, call.value_dim, grads, pairs, width}, call.len_q,
                   call.len_k);
     for (int64_t i = 0; i < call.len_q; ++i) {
+      prefetch(g * call.len_q + i, together * call.len_q);
       A lse[width], centre[width];
       for (int64_t lane = 0; lane < width; ++lane) row_sums(least(lane, count - 1), g, i, lse[lane], centre[lane]);
       const Register sum = V::load(lse), middle = V::load(centre);
@@ -304,7 +334,8 @@ class Tiny {
   const Addends addends;
   const int64_t together;
   int64_t q_at, k_at, v_at, out_at, weights_at, added_at, grad_q_at = 0, grad_k_at = 0, grad_v_at = 0, grads_at = 0, elements;
-  int64_t batch = 0, count = 0, head = 0;
+  int64_t batch = 0, count = 0, head = 0, next_batch = 0, next_head = 0;
+  bool last = true;
   A* memory = nullptr;
 };
 

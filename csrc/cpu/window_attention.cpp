@@ -352,6 +352,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> window_attention_backward(
     if (like->dim() == 1) return new_tensor(qkv, {like->size(0)}, dtype_of_like);
     return new_tensor(qkv, {like->size(0), like->size(1)}, dtype_of_like);
   };
+  call.stream = exceeds_cache(static_cast<std::int64_t>((2 * qkv.numel() + 2 * out.numel()) * qkv.element_size()));
   Tensor grad_qkv = new_tokens(qkv, 3 * problem.channels);
   Tensor grad_table = small(need_table, rel_bias_table), grad_pad = small(need_pad, pad_value);
   Tensor grad_scale = small(need_scale, head_scale);
