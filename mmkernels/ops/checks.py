@@ -58,7 +58,7 @@ def check_vectors(value: Any, name: str, beside: Tensor, beside_name: str) -> No
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
     _check_layout(value, name)
-    _check_beside(value, name, beside, beside_name)
+    check_beside(value, name, beside, beside_name)
     shape = beside.shape
     by_sample = beside.dim() > 1 and (
         value.shape == (shape[0], shape[-1]) or value.shape == (shape[0], *[1] * (beside.dim() - 2), shape[-1])
@@ -78,9 +78,22 @@ def check_parameter(value: Any, name: str, size: int, beside: Tensor, beside_nam
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor [{size}] or None, got {type(value).__name__}")
     _check_layout(value, name)
-    _check_beside(value, name, beside, beside_name)
+    check_beside(value, name, beside, beside_name)
     if value.dim() != 1 or value.size(0) != size:
         raise ValueError(f"{name}: expected shape ({size},), got {tuple(value.shape)}")
+
+
+def check_beside(value: Tensor, name: str, beside: Tensor, beside_name: str) -> None:
+    """A tensor on `beside`'s device, in its dtype or (beside half precision) in float32."""
+    if value.device != beside.device:
+        raise ValueError(f"{name}: expected the device of {beside_name}, {beside.device}, got {value.device}")
+    if value.dtype != beside.dtype and not (
+        value.dtype == torch.float32 and beside.dtype in (torch.bfloat16, torch.float16)
+    ):
+        raise TypeError(
+            f"{name}: expected the dtype of {beside_name}, {beside.dtype} (or float32 beside half precision), "
+            f"got {value.dtype}"
+        )
 
 
 def check_int(value: Any, name: str, minimum: int) -> None:
@@ -127,18 +140,6 @@ def _check_layout(value: Tensor, name: str) -> None:
     if value.layout != torch.strided or value.is_nested:
         kind = "a nested tensor" if value.is_nested else f"layout {value.layout}"
         raise TypeError(f"{name}: expected a dense tensor, got {kind}")
-
-
-def _check_beside(value: Tensor, name: str, beside: Tensor, beside_name: str) -> None:
-    if value.device != beside.device:
-        raise ValueError(f"{name}: expected the device of {beside_name}, {beside.device}, got {value.device}")
-    if value.dtype != beside.dtype and not (
-        value.dtype == torch.float32 and beside.dtype in (torch.bfloat16, torch.float16)
-    ):
-        raise TypeError(
-            f"{name}: expected the dtype of {beside_name}, {beside.dtype} (or float32 beside half precision), "
-            f"got {value.dtype}"
-        )
 
 
 def _check_last_dimension(value: Tensor, name: str) -> None:

@@ -95,6 +95,9 @@ struct Vec<float> {
     b = _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(odd), 0xd8));
   }
 
+  // Lane 2 i and lane 2 i + 1 change places.
+  static Register swap_neighbours(Register value) { return _mm256_shuffle_ps(value, value, 0xb1); }
+
   static Register fma(Register a, Register b, Register c) { return _mm256_fmadd_ps(a, b, c); }
 
   // Where one operand is NaN the result is b, so a NaN in b stays.

@@ -93,6 +93,9 @@ struct Vec<float> {
     a = evens;
   }
 
+  // Lane 2 i and lane 2 i + 1 change places.
+  static Register swap_neighbours(Register value) { return _mm512_shuffle_ps(value, value, 0xb1); }
+
   static Register fma(Register a, Register b, Register c) { return _mm512_fmadd_ps(a, b, c); }
 
   // Where one operand is NaN the result is b, so a NaN in b stays.

@@ -58,6 +58,13 @@ struct GenericVec {
   }
   static void split(Register&, Register&) {}
 
+  // Lane 2 i and lane 2 i + 1 change places.
+  static Register swap_neighbours(Register value) {
+    Register result;
+    for (int i = 0; i < width; ++i) result[i] = value[i ^ 1];
+    return result;
+  }
+
   static Register fma(Register a, Register b, Register c) { return a * b + c; }
 
   // Where one operand is NaN the result is b, so a NaN in b stays.
