@@ -15,6 +15,7 @@ from mmkernels.ops.linear import linear, mlp
 from mmkernels.ops.norm import add_layer_norm, add_rms_norm, layer_norm, modulate, rms_norm
 from mmkernels.ops.packed_linear import PackedLinear, pack_linear
 from mmkernels.ops.qk_norm_rope import qk_norm_rope
+from mmkernels.ops.silu_attention import silu_attention
 from mmkernels.ops.token_roll import token_roll, token_roll_layer_norm
 from mmkernels.runtime import FallbackWarning, last_kernels
 from mmkernels.version import __version__
@@ -35,6 +36,7 @@ __all__ = [
     "pack_linear",
     "qk_norm_rope",
     "rms_norm",
+    "silu_attention",
     "token_roll",
     "token_roll_layer_norm",
 ]

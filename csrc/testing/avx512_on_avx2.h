@@ -59,14 +59,30 @@ inline simde__m512 cvtepi32_ps(simde__m512i value) {
   return simde__m512_from_private(result);
 }
 
+inline simde__m512 maskz_loadu_ps(unsigned mask, const float* from) {
+  simde__m512_private result;
+  for (int i = 0; i < 16; ++i) result.f32[i] = mask >> i & 1 ? from[i] : 0.0f;
+  return simde__m512_from_private(result);
+}
+
+inline void mask_storeu_ps(float* to, unsigned mask, simde__m512 value) {
+  const simde__m512_private lanes = simde__m512_to_private(value);
+  for (int i = 0; i < 16; ++i)
+    if (mask >> i & 1) to[i] = lanes.f32[i];
+}
+
 }  // namespace mmk_emulated
 
 #undef _mm512_cvtps_epi32
 #undef _mm512_cvtps_ph
+#undef _mm512_maskz_loadu_ps
+#undef _mm512_mask_storeu_ps
 #undef _mm512_madd_epi16
 #undef _mm512_shuffle_f32x4
 #undef _mm512_cvtepi32_epi16
 #undef _mm512_extractf32x8_ps
+#define _mm512_maskz_loadu_ps mmk_emulated::maskz_loadu_ps
+#define _mm512_mask_storeu_ps mmk_emulated::mask_storeu_ps
 #define _mm512_madd_epi16(a, b) simde_mm512_madd_epi16(a, b)
 #define _mm512_shuffle_f32x4 mmk_emulated::shuffle_f32x4
 #define _mm512_cvtps_epi32 mmk_emulated::cvtps_epi32

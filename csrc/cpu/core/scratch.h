@@ -7,8 +7,19 @@
 namespace mmk {
 
 // Who a buffer is for. Two uses that are alive at once on one thread have slots of their own.
-enum class ScratchUse : int { gemm_a, gemm_b, gemm_accumulators, gemm_block, gemm_scales, hidden, partial_sums, rows, attention };
-inline constexpr int scratch_uses = 9;
+enum class ScratchUse : int {
+  gemm_a,
+  gemm_b,
+  gemm_accumulators,
+  gemm_block,
+  gemm_scales,
+  hidden,
+  partial_sums,
+  rows,
+  attention,
+  silu_attention,
+};
+inline constexpr int scratch_uses = 10;
 
 // At least `bytes` bytes, aligned to a cache line, with whatever was last written there. Belongs to the calling thread, and
 // is valid until its next call for the same use. Throws where there is no memory.
