@@ -1,0 +1,130 @@
+"""Attention in Triton without a GPU, beyond the samples of its card: every option interpreted, every tile compiled."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT
+from test_triton import TARGETS, stack_bytes
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+MATRIX = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
+WITH_DOTS = {"forward_kernel", "queries_kernel", "keys_kernel", "bias_kernel"}
+
+# Target, dtype, channels, whether with everything that a call can have; the others are in the exhaustive suite.
+DEFAULT = {
+    ("sm_80", "bf16", 64, True),
+    ("sm_90", "bf16", 128, False),
+    ("sm_100", "bf16", 64, False),
+    ("gfx942", "bf16", 128, True),
+}
+
+
+@pytest.mark.parametrize(
+    "dtype", ["float32", "bfloat16-brief", *(pytest.param(d, marks=pytest.mark.full) for d in ("bfloat16", "float16"))]
+)
+def test_interpreter(dtype: str) -> None:
+    """Every option, alone and with others, against float64 (triton_attention.py)."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "python_tests" / "triton_attention.py"), dtype],
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT / "python_tests")},
+        cwd=ROOT / "python_tests",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert done.stdout.count("checked") > (20 if dtype.endswith("-brief") else 100)
+
+
+class FakeDriver:
+    """A GPU that is not there, as far as compiling for it asks."""
+
+    def __init__(self, target: str) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        self.target = GPUTarget("cuda", int(target[3:]), 32) if target.startswith("sm_") else GPUTarget("hip", target, 64)
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def get_current_device(self) -> str:
+        return str(self.target)
+
+    def get_current_stream(self, device: Any) -> int:
+        return 0
+
+
+def calls(dtype: torch.dtype, channels: int, rich: bool) -> Iterator[tuple[tuple[Any, ...], bool]]:
+    """Arguments of the operator, and whether to go backward: many queries and one."""
+
+    def new(*shape: int, kind: torch.dtype = dtype) -> torch.Tensor:
+        return torch.zeros(shape, dtype=kind)
+
+    heads, kv_heads, len_k = 4, 2, 1024
+    for len_q in (256, 1):
+        q, k, v = (new(2, h, n, channels) for h, n in ((heads, len_q), (kv_heads, len_k), (kv_heads, len_k)))
+        extra: tuple[Any, ...] = (None,) * 9
+        numbers: tuple[Any, ...] = (0.1, 0.0, 0.0, -1, 0, False, 0, 0)
+        if rich:
+            ids = new(2, len_q, kind=torch.int64), new(2, len_q, kind=torch.int64), new(2, len_k, kind=torch.int64)
+            mask = new(2, 1, len_q, len_k, kind=torch.bool)
+            extra = (new(1, heads, len_q, len_k), mask, *ids, None, None, new(2, kv_heads, len_k), new(1, kind=torch.int64))
+            numbers = (0.1, 30.0, 0.1, 99, 0, True, 0, 0)
+        yield (q, k, v, *extra, *numbers), len_q > 1
+
+
+@pytest.mark.parametrize(
+    ("target", "dtype", "channels", "rich"),
+    [
+        pytest.param(*case, id=f"{target}-{dtype}-{channels}-{'rich' if rich else 'plain'}", marks=marks)
+        for target in TARGETS
+        for dtype in DTYPES
+        for channels in (64, 72, 128, 256)
+        for rich in (False, True)
+        if (case := (target, dtype, channels, rich)) and (marks := [] if case in DEFAULT else [pytest.mark.full]) is not None
+    ],
+)
+def test_tiles_compile_and_fit(
+    target: str, dtype: str, channels: int, rich: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What the launches launch, compiled for a GPU that is not there: its shared memory, its registers, its instructions."""
+    import triton
+    from triton.runtime.jit import JITFunction
+
+    from mmkernels.triton import attention as launches
+
+    compiled = []
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        compiled.append((self.fn.__name__, run(self, *args, grid=grid, warmup=True, **kwargs)))
+
+    monkeypatch.setattr(JITFunction, "run", compile_only)
+    monkeypatch.setattr(launches, "_make", lambda: "cuda" if target.startswith("sm_") else "hip")
+    monkeypatch.setattr(triton.runtime.driver, "_active", FakeDriver(target))
+    for args, backward in calls(DTYPES[dtype], channels, rich):
+        out, lse = launches.attention(*args)
+        if backward:
+            launches.attention_backward(out, lse, *args[:12], out, lse, *args[12:], rich, rich)
+    assert {name for name, _ in compiled} >= (WITH_DOTS if rich else WITH_DOTS - {"bias_kernel"}) | {"combine_kernel"}
+    for name, kernel in compiled:
+        shared = kernel.metadata.shared
+        assert shared <= min(TARGETS[target], 99 * 1024), f"{name}: {shared} bytes of shared memory"
+        if target.startswith("sm_"):
+            assert stack_bytes(kernel.asm["cubin"], tmp_path) == [0], f"{name}: registers spill"
+        else:  # scalar registers may spill: they go to lanes of vector registers
+            spills = re.findall(r"\.vgpr_spill_count:\s+(\d+)", kernel.asm["amdgcn"])
+            assert spills and set(spills) == {"0"}, f"{name}: registers spill: {spills}"
+        if name in WITH_DOTS and (dtype != "fp32" or target == "gfx942"):
+            assembly = kernel.asm["ptx" if target.startswith("sm_") else "amdgcn"]
+            # Tiles too small for the instructions of whole warp groups take those of warps.
+            assert MATRIX[target] in assembly or "mma.sync" in assembly, f"{name}: no matrix instructions"
