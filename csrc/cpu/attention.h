@@ -89,7 +89,7 @@ struct AttentionBackward {
   int64_t bias_chunk, bias_batch, bias_head, bias_row, bias_col;
   void* grad_gate;   // accumulators [B, Hk, Lk] (packed: [T, Hk]) with strides below, null: not wanted
   int64_t grad_gate_batch, grad_gate_head, grad_gate_row;
-  void* grad_scale;  // accumulators [pairs, heads that a pair serves], null: not wanted
+  double* grad_scale;  // [B, H], zero before the call; null: not wanted
   void* grad_pad;    // accumulators [pairs, D + D + Dv]: the sums over the tokens beyond the grid, null: not wanted
 };
 

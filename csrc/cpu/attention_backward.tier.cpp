@@ -463,7 +463,7 @@ class Backward {
         const A product = sum_over<A>(call.dim, [&](Register sum, int64_t k, int64_t width) {
           return V::fma(load_lanes<A>(unit + k, width), load_lanes<A>(grad + k, width), sum);
         });
-        static_cast<A*>(back.grad_scale)[pair.b * call.heads + panel.head[lane]] += product;
+        back.grad_scale[pair.b * call.heads + panel.head[lane]] += static_cast<double>(product);
       }
       const Register scale = V::set(factors[lane]);
       for_each_vector<A>(call.dim, [&](int64_t k, int64_t width) {

@@ -376,7 +376,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> window_attention_backward(
   back.group_batch = need_table;
   back.splits = 1;
   const std::int64_t tasks = cut_into_tasks(back, bias_elements);
-  Sums sums, pads, scales;
+  Sums sums, pads;
+  std::vector<double> scales;
   if (need_table) {
     sums.zero(back.chunks, bias_elements, is_double);
     back.grad_bias = sums.data();
@@ -390,7 +391,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> window_attention_backward(
     back.grad_pad = pads.data();
   }
   if (need_scale) {
-    scales.zero(1, call.batch * num_heads, is_double);
+    scales.assign(static_cast<std::size_t>(call.batch * num_heads), 0.0);
     back.grad_scale = scales.data();
   }
   const AttentionKernels& kernels = tier.kernels->kernels[dtype];
@@ -419,7 +420,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> window_attention_backward(
   if (need_scale) {
     std::vector<double> total(static_cast<std::size_t>(num_heads), 0.0);
     for (std::int64_t b = 0; b < call.batch; ++b)
-      for (std::int64_t h = 0; h < num_heads; ++h) total[static_cast<std::size_t>(h)] += number(back.grad_scale, b * num_heads + h);
+      for (std::int64_t h = 0; h < num_heads; ++h) total[static_cast<std::size_t>(h)] += scales[static_cast<std::size_t>(b * num_heads + h)];
     store_doubles(total, grad_scale);
   }
   return {grad_qkv, grad_table, grad_pad, grad_scale};
