@@ -56,21 +56,36 @@ inline void gather_panels(const A* weights, int64_t panel_stride, int64_t panels
 }
 
 // --- a few rows ---------------------------------------------------------------------------------------------------------
-// to[key * lanes + row] = key . row, rows [count][depth]; the other lanes of the first vector are 0.
-template <class A, class T>
-inline void score_few(const T* keys, int64_t key_stride, int64_t count, const A* rows, int64_t row_count, int64_t depth, A* to) {
+// to[key * lanes + row] = key . row, rows [row_count][depth]; the other lanes of the first vector are 0.
+template <int row_count, class A, class T>
+inline void score_rows(const T* keys, int64_t key_stride, int64_t count, const A* rows, int64_t depth, A* to) {
   using V = Vec<A>;
-  constexpr int width = V::width;
   for (int64_t j = 0; j < count; ++j) {
     const T* key = keys + j * key_stride;
-    typename V::Register sums[few_rows<A>];
-    for (int64_t r = 0; r < few_rows<A>; ++r) sums[r] = V::zero();
-    for (int64_t k = 0; k < depth; k += width) {
+    typename V::Register sums[row_count];
+    for (auto& sum : sums) sum = V::zero();
+    for (int64_t k = 0; k < depth; k += V::width) {
       const typename V::Register x = V::load(key + k);
-      for (int64_t r = 0; r < row_count; ++r) sums[r] = V::fma(x, V::load(rows + r * depth + k), sums[r]);
+#pragma GCC unroll 4
+      for (int r = 0; r < row_count; ++r) sums[r] = V::fma(x, V::load(rows + r * depth + k), sums[r]);
     }
     V::store(to + j * lanes_of<A>, V::zero());
-    for (int64_t r = 0; r < row_count; ++r) to[j * lanes_of<A> + r] = V::sum(sums[r]);
+#pragma GCC unroll 4
+    for (int r = 0; r < row_count; ++r) to[j * lanes_of<A> + r] = V::sum(sums[r]);
+  }
+}
+
+template <class A, class T>
+inline void score_few(const T* keys, int64_t key_stride, int64_t count, const A* rows, int64_t row_count, int64_t depth, A* to) {
+  switch (row_count) {
+    case 1:
+      return score_rows<1>(keys, key_stride, count, rows, depth, to);
+    case 2:
+      return score_rows<2>(keys, key_stride, count, rows, depth, to);
+    case 3:
+      return score_rows<3>(keys, key_stride, count, rows, depth, to);
+    default:
+      return score_rows<4>(keys, key_stride, count, rows, depth, to);
   }
 }
 
