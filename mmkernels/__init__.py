@@ -11,12 +11,14 @@ import importlib
 from types import ModuleType
 
 from mmkernels.inspection import explain, info
+from mmkernels.ops.attention import attention
 from mmkernels.ops.linear import linear, mlp
 from mmkernels.ops.norm import add_layer_norm, add_rms_norm, layer_norm, modulate, rms_norm
 from mmkernels.ops.packed_linear import PackedLinear, pack_linear
 from mmkernels.ops.qk_norm_rope import qk_norm_rope
 from mmkernels.ops.silu_attention import silu_attention
 from mmkernels.ops.token_roll import token_roll, token_roll_layer_norm
+from mmkernels.ops.window_attention import window_attention
 from mmkernels.runtime import FallbackWarning, last_kernels
 from mmkernels.version import __version__
 
@@ -26,6 +28,7 @@ __all__ = [
     "__version__",
     "add_layer_norm",
     "add_rms_norm",
+    "attention",
     "explain",
     "info",
     "last_kernels",
@@ -39,6 +42,7 @@ __all__ = [
     "silu_attention",
     "token_roll",
     "token_roll_layer_norm",
+    "window_attention",
 ]
 
 

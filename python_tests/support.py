@@ -83,8 +83,13 @@ def assert_same_bits(a: Any, b: Any, what: str) -> None:
         assert a is b, what
         return
     assert a.shape == b.shape and a.dtype == b.dtype, what
-    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
     assert torch.equal(a.contiguous().view(integers), b.contiguous().view(integers)), f"{what}: bits differ"
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """In memory without overlap and without holes, in whatever order of dimensions."""
+    return bool(torch.ops.aten.is_non_overlapping_and_dense.default(tensor))
 
 
 def sample_ids(cards: Sequence[Card], *, full: bool) -> list[tuple[Card, Sample]]:

@@ -335,9 +335,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   if (bias_elements > 0) {
     back.group_batch = bias->size(0) == 1;
     back.group_heads = bias->size(1) == 1;
+    // A side of one query or key is not broadcast: its sums are as those of any other length.
+    const std::int64_t full[] = {2, 2, call.len_q, call.len_k};
     std::int64_t stride = 1, strides[4];
     for (int dim = 3; dim >= 0; --dim) {
-      strides[dim] = bias->size(dim) == 1 ? 0 : stride;
+      strides[dim] = bias->size(dim) == 1 && full[dim] != 1 ? 0 : stride;
       stride *= bias->size(dim);
     }
     back.bias_chunk = bias_elements;

@@ -1,5 +1,5 @@
 // Attention of one tier, backward: the weights are computed again from the logarithms of their sums. With W the weights, dO
-// the gradient of the output and centre = row sums of dO O - dlse:
+// the gradient of the output and centre = row sums of dO O - dlse = row sums of W (dO V^T) - dlse:
 //   dV = W^T dO ;  dS = W (dO V^T - centre) ;  dK = dS^T Q ;  dQ = dS K ;  dbias = dS
 // A task owns dK and dV of its pairs, and dQ of its rows; blocks of keys outermost, panels of rows inside.
 #include "attention_products.h"
@@ -49,6 +49,7 @@ class Backward {
     grad_panels_at = take(panels * lanes * call.dim);
     lse_at = take(panels * lanes);
     centre_at = take(panels * lanes);
+    inverse_at = take(panels * lanes);
     row_factors_at = take(panels * lanes);
     row_at = take(lanes * call.dim);
     addends_at = take(!addends.any ? 0 : addends.by_key ? call.len_k : block);
@@ -77,6 +78,9 @@ class Backward {
   }
 
  private:
+  // Whether a pair's keys are one block.
+  static bool at_once(const Pair& pair) { return pair.len_k <= backward_keys; }
+
   Pair member(int64_t group, int64_t m) const {
     if (back.group_batch && back.group_heads) return Pair(call, m / call.kv_heads, m % call.kv_heads);
     if (back.group_batch) return Pair(call, m, group);
@@ -92,7 +96,7 @@ class Backward {
     prefetch_rows<T>(pair, call.v, pair.h, pair.first_k, pair.len_k, call.value_dim, index, parts);
     for (int64_t head = pair.h * pair.group; head < (pair.h + 1) * pair.group; ++head) {
       prefetch_rows<T>(pair, call.q, head, pair.first_q, pair.len_q, call.dim, index, parts);
-      prefetch_rows<T>(pair, call.out, head, pair.first_q, pair.len_q, call.value_dim, index, parts);
+      if (!at_once(pair)) prefetch_rows<T>(pair, call.out, head, pair.first_q, pair.len_q, call.value_dim, index, parts);
       prefetch_rows<T>(pair, back.grad_out, head, pair.first_q, pair.len_q, call.value_dim, index, parts);
     }
   }
@@ -121,6 +125,7 @@ class Backward {
     stage_keys(pair);
     stage_rows(pair, begin, end);
     const int64_t block = key_block(pair.len_k);
+    find_huge_rows(pair, begin, end, block);
     for (int64_t key = 0; key < pair.len_k; key += block) {
       const int64_t count = least(block, pair.len_k - key);
       bool started = false;
@@ -211,6 +216,7 @@ class Backward {
         const T* from = pair.at<T>(call.q, head, i, pair.first_q);
         A factor = scale_of(head);
         row_factors[r] = A(1);
+        centre[r] = A(0);
         if (call.normalise > 0) {
           row_factors[r] = inverse_norm<A>(from, call.dim, call.normalise);
           factor *= row_factors[r] < 0 ? -row_factors[r] : row_factors[r];
@@ -219,15 +225,16 @@ class Backward {
           V::store(query + k, load_lanes<A>(from + k, least(call.dim - k, V::width)) * V::set(factor));
         if (pair.inside(i)) {
           const T* upstream = pair.at<T>(back.grad_out, head, i, pair.first_q);
-          const T* out = pair.at<T>(call.out, head, i, pair.first_q);
           for (int64_t k = 0; k < call.value_dim; k += V::width)
             V::store(grad + k, load_lanes<A>(upstream + k, least(call.value_dim - k, V::width)));
-          centre[r] = sum_over<A>(call.value_dim, [&](Register sum, int64_t k, int64_t count) {
-            return V::fma(load_lanes<A>(out + k, count), load_lanes<A>(grad + k, count), sum);
-          });
+          if (!at_once(pair)) {
+            const T* out = pair.at<T>(call.out, head, i, pair.first_q);
+            centre[r] = sum_over<A>(call.value_dim, [&](Register sum, int64_t k, int64_t count) {
+              return V::fma(load_lanes<A>(out + k, count), load_lanes<A>(grad + k, count), sum);
+            });
+          }
         } else {
           for (int64_t k = 0; k < value_dim; ++k) grad[k] = A(0);
-          centre[r] = A(0);
         }
         const int64_t at = pair.b * call.lse_batch + head * call.lse_head + (pair.first_q + i) * call.lse_row;
         lse[r] = static_cast<const A*>(call.lse)[at];
@@ -248,34 +255,77 @@ class Backward {
     for (int64_t i = 0; i < (end - begin + lanes - 1) / lanes * lanes * call.dim; ++i) sums[i] = A(0);
   }
 
-  // Weights and gradients of the scores of one panel and the keys [first, last), and what follows of them for its queries.
+  // Scores of one panel and the keys [first, last) as softmax takes them; before bias and masks they stay in `capped` too, where
+  // there is a softcap.
   template <int vectors>
-  void run_panel(const Pair& pair, const Panel<A>& panel, int64_t row, int64_t p, int64_t first, int64_t last, int64_t chunk) {
+  void make_scores(const Pair& pair, const Panel<A>& panel, int64_t row, int64_t first, int64_t last, A* to) {
     const int64_t count = last - first;
-    A *weight = weights(p, count), *grad = grads(p, count), *capped = memory + capped_at;
-    const A* queries = memory + query_rows_at + row * dim;
-    const A* upstream = memory + out_rows_at + row * value_dim;
-    const bool few = is_few<A>(panel.count, pair, call);
-    if (few) {
-      score_few<A>(keys.data + first * keys.row, keys.row, count, queries, panel.count, call.dim, weight);
-      score_few<A>(values.data + first * values.row, values.row, count, upstream, panel.count, call.value_dim, grad);
+    if (is_few<A>(panel.count, pair, call)) {
+      score_few<A>(keys.data + first * keys.row, keys.row, count, memory + query_rows_at + row * dim, panel.count, call.dim, to);
     } else {
-      score_panel<A, vectors>(keys, first, last, call.dim, memory + query_panels_at + row * call.dim, weight);
-      score_panel<A, vectors>(values, first, last, call.value_dim, memory + out_panels_at + row * call.value_dim, grad);
+      score_panel<A, vectors>(keys, first, last, call.dim, memory + query_panels_at + row * call.dim, to);
     }
     if (call.softcap > 0) {
-      apply_softcap<A, vectors>(call.softcap, count, weight);
-      memcpy(capped, weight, static_cast<size_t>(count * lanes) * sizeof(A));
+      apply_softcap<A, vectors>(call.softcap, count, to);
+      memcpy(memory + capped_at, to, static_cast<size_t>(count * lanes) * sizeof(A));
     }
     if (addends.any) {
       A* added = memory + addends_at;
       if (!addends.by_key) make_addends(call, pair, panel, first, last, added);
       Register top[vectors] = {};
-      add_addends<A, vectors>(addends.by_key ? added + first : added, addends.by_key, count, weight, top);
+      add_addends<A, vectors>(addends.by_key ? added + first : added, addends.by_key, count, to, top);
     }
-    if (pair.regions) add_regions<A, vectors>(pair, panel, call.windows.region_bias, first, last, weight);
+    if (pair.regions) add_regions<A, vectors>(pair, panel, call.windows.region_bias, first, last, to);
     const Intervals<A> intervals(call, pair, panel);
-    if (intervals.cuts(first, last)) apply_intervals<A, vectors>(intervals, first, last, weight);
+    if (intervals.cuts(first, last)) apply_intervals<A, vectors>(intervals, first, last, to);
+  }
+
+  // A row whose scores are huge, as those of a row all of whose keys have the smallest of numbers added, has no logarithm of its
+  // sum: the scores swallow it. Its weights are divided by their own sum instead.
+  void find_huge_rows(const Pair& pair, int64_t begin, int64_t end, int64_t block) {
+    constexpr A largest = 256;
+    A* inverses = memory + inverse_at;
+    const A* lse = memory + lse_at;
+    for (int64_t row = 0; row < end - begin; row += lanes) {
+      bool huge = false;
+      for (int64_t lane = 0; lane < lanes; ++lane) {
+        inverses[row + lane] = A(1);
+        const A size = lse[row + lane] < 0 ? -lse[row + lane] : lse[row + lane];
+        huge = huge || (size > largest && size < static_cast<A>(-minus_infinity));
+      }
+      if (!huge || block >= pair.len_k) continue;
+      const Panel<A> panel(pair, begin + row, end);
+      with_vectors(panel.vectors(), [&]<int vectors>() {
+        Register sums[vectors] = {};
+        for (int64_t key = 0; key < pair.len_k; key += block) {
+          const int64_t count = least(block, pair.len_k - key);
+          A* scores = weights(0, count);
+          make_scores<vectors>(pair, panel, row, key, key + count, scores);
+          for (int64_t j = 0; j < count; ++j)
+            for (int v = 0; v < vectors; ++v) {
+              const Register from = V::load(lse + row + v * V::width);
+              sums[v] = sums[v] + exp_of_negative<A>(V::load(scores + j * lanes + v * V::width) - from);
+            }
+        }
+        for (int v = 0; v < vectors; ++v) V::store(inverses + row + v * V::width, inverse_of_sum<A>(sums[v]));
+      });
+    }
+  }
+
+  // Weights and gradients of the scores of one panel and the keys [first, last), and what follows of them for its queries.
+  template <int vectors>
+  void run_panel(const Pair& pair, const Panel<A>& panel, int64_t row, int64_t p, int64_t first, int64_t last, int64_t chunk) {
+    const int64_t count = last - first;
+    A *weight = weights(p, count), *grad = grads(p, count);
+    const A* capped = memory + capped_at;
+    const A* upstream = memory + out_rows_at + row * value_dim;
+    const bool few = is_few<A>(panel.count, pair, call);
+    make_scores<vectors>(pair, panel, row, first, last, weight);
+    if (few) {
+      score_few<A>(values.data + first * values.row, values.row, count, upstream, panel.count, call.value_dim, grad);
+    } else {
+      score_panel<A, vectors>(values, first, last, call.value_dim, memory + out_panels_at + row * call.value_dim, grad);
+    }
 
     Register lse[vectors], centre[vectors];
     for (int v = 0; v < vectors; ++v) {
@@ -283,13 +333,44 @@ class Backward {
       centre[v] = V::load(memory + centre_at + row + v * V::width);
     }
     if (dropout.any) dropout.apply(call, pair, panel, first, last, grad, grad);
-    for (int64_t j = 0; j < count; ++j)
-      for (int v = 0; v < vectors; ++v) {
-        const int64_t at = j * lanes + v * V::width;
-        const Register w = exp_of_negative<A>(V::load(weight + at) - lse[v]);
-        V::store(weight + at, w);
-        V::store(grad + at, w * (V::load(grad + at) - centre[v]));
-      }
+    const auto finish = [&](int64_t at, int v, Register w) {
+      V::store(weight + at, w);
+      V::store(grad + at, w * (V::load(grad + at) - centre[v]));
+    };
+    if (!at_once(pair)) {
+      for (int64_t j = 0; j < count; ++j)
+        for (int v = 0; v < vectors; ++v) {
+          const int64_t at = j * lanes + v * V::width;
+          finish(at, v, exp_of_negative<A>(V::load(weight + at) - lse[v]) * V::load(memory + inverse_at + row + v * V::width));
+        }
+    } else {
+      // With all keys at hand the weights' own sum rids them of the rounding of its logarithm, and the centre of that of out.
+      Register chains[4][vectors] = {}, centres[4][vectors] = {};
+      for (int64_t j = 0; j < count; ++j)
+        for (int v = 0; v < vectors; ++v) {
+          const int64_t at = j * lanes + v * V::width, chain = j < count / 4 * 4 ? j % 4 : 0;
+          const Register w = exp_of_negative<A>(V::load(weight + at) - lse[v]);
+          chains[chain][v] = chains[chain][v] + w;
+          V::store(weight + at, w);
+        }
+      Register inverse[vectors];
+      for (int v = 0; v < vectors; ++v)
+        inverse[v] = inverse_of_sum<A>((chains[0][v] + chains[1][v]) + (chains[2][v] + chains[3][v]));
+      for (int64_t j = 0; j < count; ++j)
+        for (int v = 0; v < vectors; ++v) {
+          const int64_t at = j * lanes + v * V::width, chain = j % 4;
+          const Register w = V::load(weight + at) * inverse[v];
+          centres[chain][v] = V::fma(w, V::load(grad + at), centres[chain][v]);
+          V::store(weight + at, w);
+        }
+      for (int v = 0; v < vectors; ++v)
+        centre[v] = centre[v] + ((centres[0][v] + centres[1][v]) + (centres[2][v] + centres[3][v]));
+      for (int64_t j = 0; j < count; ++j)
+        for (int v = 0; v < vectors; ++v) {
+          const int64_t at = j * lanes + v * V::width;
+          finish(at, v, V::load(weight + at));
+        }
+    }
     if (dropout.any) dropout.apply(call, pair, panel, first, last, weight, dropped(p, count));
     if (back.grad_bias) add_to_bias<vectors>(pair, panel, first, last, chunk, grad);
     if (call.softcap > 0) {
@@ -483,7 +564,7 @@ class Backward {
   const Pair* following = nullptr;
   int64_t dim, value_dim;  // padded to whole vectors
   int64_t weights_at, grads_at, dropped_at, capped_at, keys_at, values_at, key_factors_at, grad_keys_at, grad_values_at,
-      query_rows_at, out_rows_at, query_panels_at, out_panels_at, grad_panels_at, lse_at, centre_at, row_factors_at, row_at,
+      query_rows_at, out_rows_at, query_panels_at, out_panels_at, grad_panels_at, lse_at, centre_at, inverse_at, row_factors_at, row_at,
       addends_at, elements;
   A* memory = nullptr;
   Staged<A> keys{}, values{};

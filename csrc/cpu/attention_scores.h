@@ -193,6 +193,14 @@ inline void add_addends(const A* addends, bool by_key, int64_t keys, A* scores, 
     }
 }
 
+// 1 / sum, 0 where the sum is 0: of rows that see nothing.
+template <class A>
+inline typename Vec<A>::Register inverse_of_sum(typename Vec<A>::Register sum) {
+  using V = Vec<A>;
+  const typename V::Register one = V::set(A(1));
+  return V::select(V::less_equal(sum, V::zero()), V::zero(), one / sum);
+}
+
 // --- dropout ------------------------------------------------------------------------------------------------------------
 // The hash of mmkernels/reference/attention.py.
 inline uint32_t mixed(uint32_t x) {

@@ -161,10 +161,7 @@ class Tiny {
     rows(call.q, call.len_q, call.dim);
     rows(call.k, call.len_k, call.dim);
     rows(call.v, call.len_k, call.value_dim);
-    if (back) {
-      rows(call.out, call.len_q, call.value_dim);
-      rows(back->grad_out, call.len_q, call.value_dim);
-    }
+    if (back) rows(back->grad_out, call.len_q, call.value_dim);
   }
 
   template <class S>
@@ -290,12 +287,26 @@ class Tiny {
       prefetch(g * call.len_q + i, together * call.len_q);
       A lse[width], centre[width];
       for (int64_t lane = 0; lane < width; ++lane) row_sums(least(lane, count - 1), g, i, lse[lane], centre[lane]);
-      const Register sum = V::load(lse), middle = V::load(centre);
+      const Register sum = V::load(lse);
+      Register chains[4] = {};
+      for (int64_t j = 0; j < call.len_k; ++j) {
+        const int64_t at = i * pairs + j * width, chain = j < call.len_k / 4 * 4 ? j % 4 : 0;
+        const Register w = exp_of_negative<A>(V::load(weights + at) - sum);
+        chains[chain] = chains[chain] + w;
+        V::store(weights + at, w);
+      }
+      const Register inverse = inverse_of_sum<A>((chains[0] + chains[1]) + (chains[2] + chains[3]));
+      Register centres[4] = {};
       for (int64_t j = 0; j < call.len_k; ++j) {
         const int64_t at = i * pairs + j * width;
-        const Register w = exp_of_negative<A>(V::load(weights + at) - sum);
+        const Register w = V::load(weights + at) * inverse;
+        centres[j % 4] = V::fma(w, V::load(grads + at), centres[j % 4]);
         V::store(weights + at, w);
-        V::store(grads + at, w * (V::load(grads + at) - middle));
+      }
+      const Register middle = V::load(centre) + ((centres[0] + centres[1]) + (centres[2] + centres[3]));
+      for (int64_t j = 0; j < call.len_k; ++j) {
+        const int64_t at = i * pairs + j * width;
+        V::store(grads + at, V::load(weights + at) * (V::load(grads + at) - middle));
       }
     }
     multiply_each(EachProduct<A>{weights, width, pairs, upstream, width, value_row, call.len_q,
@@ -313,19 +324,15 @@ class Tiny {
       }
   }
 
-  // What backward needs of one query: the logarithm of its sum, and the centre of its gradients.
+  // What backward needs of one query: the logarithm of its sum, and what its gradient takes off the centre.
   void row_sums(int64_t lane, int64_t g, int64_t i, A& lse, A& centre) const {
-    const T* out = row_of<T>(call.out, lane, i) + g * call.out.head;
-    const T* upstream = row_of<T>(back->grad_out, lane, i) + g * back->grad_out.head;
-    centre = sum_over<A>(call.value_dim, [&](Register sum, int64_t k, int64_t lanes) {
-      return V::fma(load_lanes<A>(out + k, lanes), load_lanes<A>(upstream + k, lanes), sum);
-    });
+    centre = A(0);
     const A* at = lse_of(lane, g, i);
     lse = *at;
     if (lse == static_cast<A>(minus_infinity)) {
       lse = static_cast<A>(-minus_infinity);
     } else if (back->grad_lse) {
-      centre -= static_cast<const A*>(back->grad_lse)[at - static_cast<const A*>(call.lse)];
+      centre = -static_cast<const A*>(back->grad_lse)[at - static_cast<const A*>(call.lse)];
     }
   }
 

@@ -7,6 +7,7 @@ from mmkernels.nn.mlp import GluMlp, Mlp
 from mmkernels.nn.norm import LayerNorm, RMSNorm
 from mmkernels.nn.packed import repack
 from mmkernels.nn.token_roll import TokenRoll, TokenRollLayerNorm, visual_ranges
+from mmkernels.nn.window_attention import WindowAttention
 
 __all__ = [
     "ActivatorBlock",
@@ -19,6 +20,7 @@ __all__ = [
     "RMSNorm",
     "TokenRoll",
     "TokenRollLayerNorm",
+    "WindowAttention",
     "repack",
     "visual_ranges",
 ]

@@ -143,7 +143,9 @@ def _check_attention(
     if value_gate is not None:
         _check_plain(value_gate, "value_gate", wide, q)
         if value_gate.shape != v.shape[:-1]:
-            raise ValueError(f"value_gate: expected one a key and head, {tuple(v.shape[:-1])}, got {tuple(value_gate.shape)}")
+            raise ValueError(
+                f"value_gate: expected one a key and head, {tuple(v.shape[:-1])}, got {tuple(value_gate.shape)}"
+            )
     check_float(scale, "scale")
     check_float(softcap, "softcap")
     if softcap < 0:
@@ -335,15 +337,19 @@ def _window(window_size: Any, is_causal: bool) -> tuple[Any, Any]:
             if size is not None and (isinstance(size, bool) or not isinstance(size, (int, torch.SymInt))):
                 raise TypeError(f"window_size: expected two ints or None, got {window_size!r}")
             if size is not None and (size < 0 or (isinstance(size, int) and size > INT64_MAX)):
-                raise ValueError(f"window_size: expected sizes from 0 to 2^63 - 1, or None for unlimited; got {window_size!r}")
+                raise ValueError(
+                    f"window_size: expected sizes from 0 to 2^63 - 1, or None for unlimited; got {window_size!r}"
+                )
         left, right = (-1 if size is None else size for size in window_size)
     return left, 0 if is_causal else right
 
 
-def _max_seqlen(value: Any, name: str, cu_seqlens: Any) -> Any:
+def _max_seqlen(value: Any, name: str, cu_seqlens: Any, q: Any) -> Any:
     if value is None:
         if not isinstance(cu_seqlens, Tensor) or cu_seqlens.is_cpu or cu_seqlens.dim() != 1 or cu_seqlens.size(0) < 2:
             return 0  # the CPU kernels read the lengths themselves
+        if not isinstance(q, Tensor) or cu_seqlens.device != q.device:
+            return 0  # left to the checks
         return int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name}: expected an int or None, got {type(value).__name__}")
@@ -371,8 +377,7 @@ def _cast(q: Any, k: Any, v: Any) -> tuple[Any, Any, Any]:
     if dtype is None:
         return q, k, v
     return tuple(
-        x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
-        for x in (q, k, v)
+        x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v)
     )
 
 
@@ -484,7 +489,7 @@ def attention(
         left,
         right,
         causal_alignment == "bottom_right",
-        0 if cu_seqlens_q is None else _max_seqlen(max_seqlen_q, "max_seqlen_q", cu_seqlens_q),
-        0 if cu_seqlens_k is None else _max_seqlen(max_seqlen_k, "max_seqlen_k", cu_seqlens_k),
+        0 if cu_seqlens_q is None else _max_seqlen(max_seqlen_q, "max_seqlen_q", cu_seqlens_q, q),
+        0 if cu_seqlens_k is None else _max_seqlen(max_seqlen_k, "max_seqlen_k", cu_seqlens_k, q),
     )
     return (out, lse) if return_lse else out

@@ -373,7 +373,7 @@ def _dense_backward(
     first: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, of the scores with their bias [B, H, Lq, Lk], and of value_gate."""
-    group, shared = q.size(1) // k.size(1), (q.size(0), k.size(1), -1)
+    group = q.size(1) // k.size(1)
     keys, values = k.repeat_interleave(group, 1), _gated(v, value_gate).repeat_interleave(group, 1)
     ids = (mask, limits, segment_ids_q, segment_ids_k)
     weights, _ = _weights(q, keys, bias, *ids, scale, softcap, *window)
@@ -389,7 +389,7 @@ def _dense_backward(
         of_products = of_scores * (1 - capped.square())
 
     def over_group(x: Tensor) -> Tensor:
-        return x.reshape(*shared, *x.shape[2:]).sum(2) if group > 1 else x
+        return x.reshape(*k.shape[:2], group, *x.shape[2:]).sum(2) if group > 1 else x
 
     grad_values = over_group(grad_values)
     of_gate = (grad_values * v).sum(-1)
