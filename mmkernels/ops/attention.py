@@ -224,8 +224,8 @@ def _fake_attention_backward(grad_out: Tensor, grad_lse: Tensor | None, q: Tenso
 
 
 _TENSORS = (
-    "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, Tensor? limits, Tensor? segment_ids_q, Tensor? segment_ids_k, "
-    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? value_gate, Tensor? seed, "
+    "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, Tensor? limits, Tensor? segment_ids_q, "
+    "Tensor? segment_ids_k, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? value_gate, Tensor? seed, "
 )
 _NUMBERS = (
     "float scale, float softcap, float dropout_p, SymInt window_left, SymInt window_right, bool bottom_right, "
