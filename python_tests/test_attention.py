@@ -226,6 +226,46 @@ def test_packed_sequences_are_single_calls(dtype: torch.dtype, causal: bool, isa
         assert_same_bits(a + 0.0, b + 0.0, f"result {i}")  # torch's sums of slices' gradients make 0 of -0
 
 
+TINY = ((9, 4, 16, 16, 6, 6), (19, 3, 16, 16, 10, 10), (8, 2, 5, 7, 64, 64), (17, 8, 12, 32, 6, 10), (8, 1, 16, 3, 3, 5))
+
+
+@pytest.mark.parametrize("dtype", SINGLE_AND_HALF, ids=str)
+@pytest.mark.parametrize("sizes", TINY, ids=str)
+def test_many_tiny_sequences(sizes: tuple[int, ...], dtype: torch.dtype, isa: str) -> None:
+    """A batch of eight or more has a kernel of its own, with batch entries as lanes: within the rule, and bit for bit what
+    single calls give, which go another way."""
+    batch, count, len_q, len_k, dim, value_dim = sizes
+    q, k, _ = heads(batch, count, len_q, len_k, dim, dtype)
+    v = drawn(batch, count, len_k, value_dim, dtype=dtype, seed=2)
+    bias, mask = drawn(1, count, len_q, len_k, dtype=dtype, seed=3), drawn(len_q, len_k, seed=4) > -0.5
+    for layout in (lambda x: x, lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)):
+        call = Call(tuple(layout(x) for x in (q, k, v)))
+        for more in ({}, {"bias": bias, "mask": mask, "is_causal": True}, {"window_size": (2, 3)}):
+
+            def together(q: Tensor, k: Tensor, v: Tensor, more: dict[str, Any] = more) -> Any:
+                return mk.attention(q, k, v, return_lse=not more, **more)
+
+            def plain(q: Tensor, k: Tensor, v: Tensor, more: dict[str, Any] = more) -> Any:
+                return reference.attention(
+                    q, k, v, return_lse=not more, **{a: b.to(q.dtype) if a == "bias" else b for a, b in more.items()}
+                )
+
+            assert_equal_functions(together, plain, call, f"{sizes} {list(more)}", luck=4)
+
+            def singly(q: Tensor, k: Tensor, v: Tensor, one: Callable[..., Any] = together) -> Any:
+                parts = [as_tuple(one(q[b : b + 1], k[b : b + 1], v[b : b + 1])) for b in range(batch)]
+                return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+
+            upstream = cotangents(as_tuple(call.of(together)))
+            pairs = zip(
+                (*as_tuple(call.of(together)), *gradients(together, call, upstream)),
+                (*as_tuple(call.of(singly)), *gradients(singly, call, upstream)),
+                strict=True,
+            )
+            for i, (a, b) in enumerate(pairs):
+                assert_same_bits(a + 0.0, b + 0.0, f"result {i} of {list(more)}")
+
+
 @pytest.mark.parametrize("dtype", SINGLE_AND_HALF, ids=str)
 @pytest.mark.parametrize("shared", ["bias", "bias of keys", "mask", "nothing"])
 def test_a_batch_is_single_calls(dtype: torch.dtype, shared: str, isa: str) -> None:

@@ -54,9 +54,7 @@ class Forward {
                       : caches         ? cached_elements * (c.batch_inside ? 1 : c.kv_heads)
                                        : block * lanes);
     elements = end;
-    const T* out = static_cast<const T*>(c.out.data);
-    streams = c.stream && rows_aligned<T>(out, c.value_dim) && rows_aligned<T>(out, c.out.row) && rows_aligned<T>(out, c.out.head) &&
-              rows_aligned<T>(out, c.out.batch);
+    streams = rows_stream<T>(c, c.out, c.value_dim);
   }
 
   int64_t bytes() const { return elements * static_cast<int64_t>(sizeof(A)); }
@@ -81,12 +79,6 @@ class Forward {
   }
 
  private:
-  // Equal blocks of a fixed number of keys at most: a call's scores are added up in an order that its Lk alone decides.
-  static int64_t key_block(int64_t len_k) {
-    const int64_t blocks = (len_k + forward_keys - 1) / forward_keys;
-    return blocks == 0 ? 0 : ((len_k + blocks - 1) / blocks + 7) / 8 * 8;
-  }
-
   struct Item {
     int64_t block;
     Pair pair;
@@ -133,32 +125,11 @@ class Forward {
   void stage(const Pair& pair) {
     staged_b = pair.b;
     staged_h = pair.h;
-    direct = false;
     if (addends.by_key) make_key_addends(call, pair, memory + addends_at);
-    const bool plain = !pair.tokens && pair.len_k > 0;
     // Few rows read their keys once, as they lie.
-    direct = is_few<A>(pair.rows, pair, call) && plain && call.normalise == 0 && !call.gate;
+    direct = is_few<A>(pair.rows, pair, call) && !pair.tokens && pair.len_k > 0 && call.normalise == 0 && !call.gate;
     if (direct || pair.len_k == 0) return;
-    const auto in_place = [&](const AttentionOperand& operand, int64_t channels) {
-      return plain && (operand.row == channels || pair.rows <= 2 * lanes);
-    };
-    if (call.normalise > 0) {
-      keys = staged<A, T, true>(pair, call.k, call.dim, false, memory + keys_at, [&](int64_t j) {
-        const A inverse = inverse_norm<A>(pair.key<T>(call.k, j), call.dim, call.normalise);
-        return inverse < 0 ? -inverse : inverse;
-      });
-    } else {
-      keys = staged<A, T, false>(pair, call.k, call.dim, in_place(call.k, call.dim), memory + keys_at, [](int64_t) { return A(1); });
-    }
-    if (call.gate) {
-      const int64_t base = pair.b * call.gate_batch + pair.h * call.gate_head + pair.first_k * call.gate_row;
-      values = staged<A, T, true>(pair, call.v, call.value_dim, false, memory + values_at, [&](int64_t j) {
-        return element_of<A>(call.gate, call.gate_number, base + j * call.gate_row);
-      });
-    } else {
-      values = staged<A, T, false>(pair, call.v, call.value_dim, in_place(call.v, call.value_dim), memory + values_at,
-                                   [](int64_t) { return A(1); });
-    }
+    stage_pair<A, T>(call, pair, memory + keys_at, memory + values_at, nullptr, keys, values);
   }
 
   struct State {
@@ -166,7 +137,7 @@ class Forward {
   };
 
   void run_rows(const Pair& pair, int64_t begin, int64_t end) {
-    const int64_t block = key_block(pair.len_k), steps = (end - begin + lanes - 1) / lanes;
+    const int64_t block = equal_blocks(pair.len_k, forward_keys), steps = (end - begin + lanes - 1) / lanes;
     for (int64_t group = begin; group < end; group += group_panels * lanes) {
       const int64_t count = least(group_panels, (end - group + lanes - 1) / lanes);
       State states[group_panels];
@@ -183,7 +154,9 @@ class Forward {
       for (int64_t key = 0; key < pair.len_k; key += block) {
         for (int64_t p = 0; p < count; ++p) {
           const Intervals<A> intervals(call, pair, panels[p]);
-          const int64_t first = most(key, intervals.first), last = least(least(key + block, pair.len_k), intervals.last);
+          // From a multiple of four on, so that each key's weight goes into the same of the four sums wherever the rows of a
+          // panel begin to see.
+          const int64_t first = most(key, intervals.first / 4 * 4), last = least(least(key + block, pair.len_k), intervals.last);
           if (key == 0) prefetch((group - begin) / lanes + p, steps);
           if (first >= last) continue;
           with_vectors(panels[p].vectors(), [&]<int vectors>() {
@@ -204,11 +177,8 @@ class Forward {
     if (goes_few(pair, panel)) {
       for (int64_t r = 0; r < panel.count; ++r) {
         const T* from = row(r);
-        A factor = scale_of(panel.head[r]);
-        if (call.normalise > 0) {
-          const A inverse = inverse_norm<A>(from, call.dim, call.normalise);
-          factor *= inverse < 0 ? -inverse : inverse;
-        }
+        A factor = scale_of<A>(call, panel.head[r]);
+        if (call.normalise > 0) factor *= size_of(inverse_norm<A>(from, call.dim, call.normalise));
         const Register factors = V::set(factor);
         for (int64_t k = 0; k < call.dim; k += V::width) V::store(to + r * call.dim + k, V::load(from + k) * factors);
       }
@@ -216,17 +186,10 @@ class Forward {
     }
     A factors[lanes];
     for (int64_t lane = 0; lane < lanes; ++lane) {
-      factors[lane] = scale_of(panel.head[lane]);
-      if (call.normalise > 0 && lane < panel.count) {
-        const A inverse = inverse_norm<A>(row(lane), call.dim, call.normalise);
-        factors[lane] *= inverse < 0 ? -inverse : inverse;
-      }
+      factors[lane] = scale_of<A>(call, panel.head[lane]);
+      if (call.normalise > 0 && lane < panel.count) factors[lane] *= size_of(inverse_norm<A>(row(lane), call.dim, call.normalise));
     }
     to_lanes<A, T>(panel.vectors(), panel.count, call.dim, factors, to, row);
-  }
-
-  A scale_of(int64_t head) const {
-    return call.head_scale ? static_cast<const A*>(call.head_scale)[head] : static_cast<A>(call.scale);
   }
 
   // Keys [first, last) of one panel: scores, softmax as far as it is known, weighted values.
@@ -272,7 +235,7 @@ class Forward {
       // Rows that have seen nothing yet have no largest score: from 0 their scores of -infinity give 0.
       const Register before = state.top[v];
       state.top[v] = top[v];
-      top[v] = V::select(V::less_equal(V::set(lowest()), top[v]), top[v], V::zero());
+      top[v] = V::select(V::less_equal(V::set(lowest<A>()), top[v]), top[v], V::zero());
       rescale[v] = exp_of_negative<A>(before - top[v]);
       chains[0][v] = started ? state.sum[v] * rescale[v] : V::zero();
       for (int chain = 1; chain < 4; ++chain) chains[chain][v] = V::zero();
@@ -288,7 +251,8 @@ class Forward {
     int64_t next = 0;
     for (; next + 4 <= count; next += 4)
       for (int chain = 0; chain < 4; ++chain) weigh(next + chain, chain);
-    for (; next < count; ++next) weigh(next, 0);
+    for (int chain = 0; chain < 3; ++chain)
+      if (next + chain < count) weigh(next + chain, chain);
     for (int v = 0; v < vectors; ++v) state.sum[v] = (chains[0][v] + chains[1][v]) + (chains[2][v] + chains[3][v]);
     if (dropout.any) dropout.apply(call, pair, panel, first, last, scores, scores);
 
@@ -318,8 +282,6 @@ class Forward {
     }
     weigh_panel<A, vectors>(values, first, last, call.value_dim, scores, started, outs);
   }
-
-  static A lowest() { return is_double<A> ? static_cast<A>(-__DBL_MAX__) : static_cast<A>(-__FLT_MAX__); }
 
   void finish(const Pair& pair, const Panel<A>& panel, int64_t p, bool started, const State& state) {
     A tops[lanes], sums[lanes], logs[lanes], factors[lanes];

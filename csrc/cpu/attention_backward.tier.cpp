@@ -54,9 +54,9 @@ class Backward {
     row_at = take(lanes * call.dim);
     addends_at = take(!addends.any ? 0 : addends.by_key ? call.len_k : block);
     elements = end;
-    stream_queries = streams(back.grad_q, call.dim);
-    stream_keys = streams(back.grad_k, call.dim);
-    stream_values = streams(back.grad_v, call.value_dim);
+    stream_queries = rows_stream<T>(call, back.grad_q, call.dim);
+    stream_keys = rows_stream<T>(call, back.grad_k, call.dim);
+    stream_values = rows_stream<T>(call, back.grad_v, call.value_dim);
   }
 
   int64_t bytes() const { return elements * static_cast<int64_t>(sizeof(A)); }
@@ -101,18 +101,7 @@ class Backward {
     }
   }
 
-  bool streams(const AttentionOperand& to, int64_t channels) const {
-    const T* data = static_cast<const T*>(to.data);
-    return call.stream && rows_aligned<T>(data, channels) && rows_aligned<T>(data, to.row) && rows_aligned<T>(data, to.head) &&
-           rows_aligned<T>(data, to.batch);
-  }
-
   static int64_t padded(int64_t channels) { return (channels + V::width - 1) / V::width * V::width; }
-
-  static int64_t key_block(int64_t len_k) {
-    const int64_t blocks = (len_k + backward_keys - 1) / backward_keys;
-    return blocks == 0 ? 1 : ((len_k + blocks - 1) / blocks + 7) / 8 * 8;
-  }
 
   void run_pair(const Pair& pair, int64_t chunk, int64_t split) {
     const int64_t part = (pair.rows + back.splits - 1) / back.splits;
@@ -124,7 +113,7 @@ class Backward {
     }
     stage_keys(pair);
     stage_rows(pair, begin, end);
-    const int64_t block = key_block(pair.len_k);
+    const int64_t block = equal_blocks(pair.len_k, backward_keys);
     find_huge_rows(pair, begin, end, block);
     for (int64_t key = 0; key < pair.len_k; key += block) {
       const int64_t count = least(block, pair.len_k - key);
@@ -167,36 +156,10 @@ class Backward {
   A* grads(int64_t p, int64_t count) const { return memory + grads_at + p * count * lanes; }
   A* dropped(int64_t p, int64_t count) const { return memory + dropped_at + p * count * lanes; }
 
-  int64_t gate_at(const Pair& pair, int64_t j) const {
-    return pair.b * call.gate_batch + pair.h * call.gate_head + (pair.first_k + j) * call.gate_row;
-  }
-  A gate_of(const Pair& pair, int64_t j) const { return element_of<A>(call.gate, call.gate_number, gate_at(pair, j)); }
-
   void stage_keys(const Pair& pair) {
     if (addends.by_key) make_key_addends(call, pair, memory + addends_at);
-    if (pair.len_k == 0) return;
-    const auto in_place = [&](const AttentionOperand& operand, int64_t channels) {
-      return !pair.tokens && (operand.row == channels || pair.rows <= 2 * lanes);
-    };
-    const auto one = [](int64_t) { return A(1); };
-    if (call.normalise > 0) {
-      A* factors = memory + key_factors_at;
-      for (int64_t j = 0; j < pair.len_k; ++j) factors[j] = inverse_norm<A>(pair.key<T>(call.k, j), call.dim, call.normalise);
-      keys = staged<A, T, true>(pair, call.k, call.dim, false, memory + keys_at,
-                                [&](int64_t j) { return factors[j] < 0 ? -factors[j] : factors[j]; });
-    } else {
-      keys = staged<A, T, false>(pair, call.k, call.dim, in_place(call.k, call.dim), memory + keys_at, one);
-    }
-    if (call.gate) {
-      values = staged<A, T, true>(pair, call.v, call.value_dim, false, memory + values_at,
-                                  [&](int64_t j) { return gate_of(pair, j); });
-    } else {
-      values = staged<A, T, false>(pair, call.v, call.value_dim, in_place(call.v, call.value_dim), memory + values_at, one);
-    }
-  }
-
-  A scale_of(int64_t head) const {
-    return call.head_scale ? static_cast<const A*>(call.head_scale)[head] : static_cast<A>(call.scale);
+    if (pair.len_k > 0)
+      stage_pair<A, T>(call, pair, memory + keys_at, memory + values_at, memory + key_factors_at, keys, values);
   }
 
   // Queries (scaled) and gradients of the output, row by row and by panels; what else belongs to a row.
@@ -214,12 +177,12 @@ class Backward {
         }
         const int64_t head = panel.head[lane], i = panel.query[lane];
         const T* from = pair.at<T>(call.q, head, i, pair.first_q);
-        A factor = scale_of(head);
+        A factor = scale_of<A>(call, head);
         row_factors[r] = A(1);
         centre[r] = A(0);
         if (call.normalise > 0) {
           row_factors[r] = inverse_norm<A>(from, call.dim, call.normalise);
-          factor *= row_factors[r] < 0 ? -row_factors[r] : row_factors[r];
+          factor *= size_of(row_factors[r]);
         }
         for (int64_t k = 0; k < call.dim; k += V::width)
           V::store(query + k, load_lanes<A>(from + k, least(call.dim - k, V::width)) * V::set(factor));
@@ -290,7 +253,7 @@ class Backward {
       bool huge = false;
       for (int64_t lane = 0; lane < lanes; ++lane) {
         inverses[row + lane] = A(1);
-        const A size = lse[row + lane] < 0 ? -lse[row + lane] : lse[row + lane];
+        const A size = size_of(lse[row + lane]);
         huge = huge || (size > largest && size < static_cast<A>(-minus_infinity));
       }
       if (!huge || block >= pair.len_k) continue;
@@ -348,7 +311,7 @@ class Backward {
       Register chains[4][vectors] = {}, centres[4][vectors] = {};
       for (int64_t j = 0; j < count; ++j)
         for (int v = 0; v < vectors; ++v) {
-          const int64_t at = j * lanes + v * V::width, chain = j < count / 4 * 4 ? j % 4 : 0;
+          const int64_t at = j * lanes + v * V::width, chain = j % 4;
           const Register w = exp_of_negative<A>(V::load(weight + at) - lse[v]);
           chains[chain][v] = chains[chain][v] + w;
           V::store(weight + at, w);
@@ -474,7 +437,7 @@ class Backward {
           static_cast<A*>(back.grad_gate)[pair.b * back.grad_gate_batch + pair.h * back.grad_gate_head +
                                           (pair.first_k + key) * back.grad_gate_row] = product;
         }
-        const Register factor = V::set(gate_of(pair, key));
+        const Register factor = V::set(gate_of<A>(call, pair, key));
         for (int64_t k = 0; k < value_dim; k += V::width) V::store(value_grad + k, V::load(value_grad + k) * factor);
       }
       if (!pair.inside(key)) {
@@ -504,7 +467,7 @@ class Backward {
         return V::fma(load_lanes<A>(unit + k, width), load_lanes<A>(grad + k, width), sum);
       });
     }
-    const Register part = V::set(-along), scale = V::set(factor < 0 ? -factor : factor);
+    const Register part = V::set(-along), scale = V::set(size_of(factor));
     for_each_vector<A>(call.dim, [&](int64_t k, int64_t width) {
       const Register across = V::fma(part, load_lanes<A>(unit + k, width), load_lanes<A>(grad + k, width));
       store_lanes<A>(grad + k, across * scale, width);
@@ -519,7 +482,7 @@ class Backward {
     };
     const bool few = is_few<A>(panel.count, pair, call);
     A factors[lanes];
-    for (int64_t lane = 0; lane < lanes; ++lane) factors[lane] = scale_of(panel.head[lane]);
+    for (int64_t lane = 0; lane < lanes; ++lane) factors[lane] = scale_of<A>(call, panel.head[lane]);
     if (call.normalise == 0 && back.grad_scale == nullptr && !few)
       return from_lanes<A, T>(panel.vectors(), panel.count, call.dim, sums, factors, stream_queries, to);
     A* rows = memory + row_at;
@@ -535,7 +498,7 @@ class Backward {
       T* result = to(lane);
       if (result == nullptr) continue;
       const T* query = pair.at<T>(call.q, panel.head[lane], panel.query[lane], pair.first_q);
-      const A factor = (memory + row_factors_at)[row + lane], size = factor < 0 ? -factor : factor;
+      const A factor = (memory + row_factors_at)[row + lane], size = size_of(factor);
       A* unit = memory + query_rows_at + (row + lane) * dim;
       for_each_vector<A>(call.dim, [&](int64_t k, int64_t width) {
         store_lanes<A>(unit + k, load_lanes<A>(query + k, width) * V::set(size), width);

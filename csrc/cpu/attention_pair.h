@@ -206,6 +206,11 @@ inline A inverse_norm(const T* row, int64_t channels, double shortest) {
 }
 
 template <class A>
+inline A size_of(A number) {
+  return number < 0 ? -number : number;
+}
+
+template <class A>
 inline A element_of(const void* data, Number number, int64_t at) {
   switch (number) {
     case Number::float32:
@@ -217,6 +222,57 @@ inline A element_of(const void* data, Number number, int64_t at) {
     default:
       return static_cast<A>(static_cast<const double*>(data)[at]);
   }
+}
+
+// The gate of key j.
+template <class A>
+inline A gate_of(const AttentionCall& call, const Pair& pair, int64_t j) {
+  return element_of<A>(call.gate, call.gate_number,
+                       pair.b * call.gate_batch + pair.h * call.gate_head + (pair.first_k + j) * call.gate_row);
+}
+
+template <class A>
+inline A scale_of(const AttentionCall& call, int64_t head) {
+  return call.head_scale ? static_cast<const A*>(call.head_scale)[head] : static_cast<A>(call.scale);
+}
+
+// A pair's keys and values as products read them, in `to_keys` and `to_values` where they do not lie so already: few rows do
+// not pay for a copy. `factors` [Lk], or null: the keys' inverse norms, where they are normalised.
+template <class A, class T>
+inline void stage_pair(const AttentionCall& call, const Pair& pair, A* to_keys, A* to_values, A* factors, Staged<A>& keys,
+                       Staged<A>& values) {
+  const auto one = [](int64_t) { return A(1); };
+  const auto in_place = [&](const AttentionOperand& operand, int64_t channels) {
+    return !pair.tokens && (operand.row == channels || pair.rows <= 2 * lanes_of<A>);
+  };
+  if (call.normalise > 0) {
+    keys = staged<A, T, true>(pair, call.k, call.dim, false, to_keys, [&](int64_t j) {
+      const A inverse = inverse_norm<A>(pair.key<T>(call.k, j), call.dim, call.normalise);
+      if (factors) factors[j] = inverse;
+      return size_of(inverse);
+    });
+  } else {
+    keys = staged<A, T, false>(pair, call.k, call.dim, in_place(call.k, call.dim), to_keys, one);
+  }
+  if (call.gate) {
+    values = staged<A, T, true>(pair, call.v, call.value_dim, false, to_values, [&](int64_t j) { return gate_of<A>(call, pair, j); });
+  } else {
+    values = staged<A, T, false>(pair, call.v, call.value_dim, in_place(call.v, call.value_dim), to_values, one);
+  }
+}
+
+// Whether an operand's rows may be written past the cache.
+template <class T>
+inline bool rows_stream(const AttentionCall& call, const AttentionOperand& to, int64_t channels) {
+  const T* data = static_cast<const T*>(to.data);
+  return call.stream && rows_aligned<T>(data, channels) && rows_aligned<T>(data, to.row) && rows_aligned<T>(data, to.head) &&
+         rows_aligned<T>(data, to.batch);
+}
+
+// Equal blocks of `most_keys` keys at most: a call's scores are added up in an order that its Lk alone decides.
+inline int64_t equal_blocks(int64_t len_k, int64_t most_keys) {
+  const int64_t blocks = most((len_k + most_keys - 1) / most_keys, 1);
+  return most((len_k + blocks - 1) / blocks + 7, 8) / 8 * 8;
 }
 
 }  // namespace

@@ -49,16 +49,14 @@ struct Intervals {
 
 // How bias, mask and segments are added to a call's scores.
 struct Addends {
-  bool any, by_key, shared;  // by_key: one number a key for all rows of a pair; shared: the same for every batch entry
+  bool any, by_key;  // by_key: one number a key for all rows of a pair
 
   explicit Addends(const AttentionCall& call) {
     const bool one_head = call.heads == call.kv_heads;
     const auto flat = [&](const AttentionScores& s) { return s.data == nullptr || (s.row == 0 && (s.head == 0 || one_head)); };
-    const auto same = [&](const AttentionScores& s) { return s.data == nullptr || s.batch == 0; };
     const bool segments = call.segments_q.data != nullptr;
     any = call.bias.data || call.mask.data || segments;
     by_key = any && !segments && flat(call.bias) && flat(call.mask);
-    shared = any && !segments && !call.cu_q && same(call.bias) && same(call.mask);
   }
 };
 
@@ -191,6 +189,12 @@ inline void add_addends(const A* addends, bool by_key, int64_t keys, A* scores, 
       V::store(at, sum);
       top[v] = V::max(top[v], sum);
     }
+}
+
+// The lowest finite number: what is below it has seen no key.
+template <class A>
+inline A lowest() {
+  return is_double<A> ? static_cast<A>(-__DBL_MAX__) : static_cast<A>(-__FLT_MAX__);
 }
 
 // 1 / sum, 0 where the sum is 0: of rows that see nothing.

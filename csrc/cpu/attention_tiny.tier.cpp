@@ -234,14 +234,13 @@ class Tiny {
 
   void run_forward(int64_t g) {
     score(g);
-    const A lowest = is_double<A> ? static_cast<A>(-__DBL_MAX__) : static_cast<A>(-__FLT_MAX__);
     A factors[16 * width];
     for (int64_t i = 0; i < call.len_q; ++i) {
       prefetch(g * call.len_q + i, together * call.len_q);
       A* row = memory + weights_at + i * call.len_k * width;
       Register top = V::set(static_cast<A>(minus_infinity));
       for (int64_t j = 0; j < call.len_k; ++j) top = V::max(top, V::load(row + j * width));
-      const Register from = V::select(V::less_equal(V::set(lowest), top), top, V::zero());
+      const Register from = V::select(V::less_equal(V::set(lowest<A>()), top), top, V::zero());
       Register chains[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
       const auto weigh = [&](int64_t j, int chain) {
         const Register weight = exp_of_negative<A>(V::load(row + j * width) - from);
@@ -251,7 +250,8 @@ class Tiny {
       int64_t j = 0;
       for (; j + 4 <= call.len_k; j += 4)
         for (int chain = 0; chain < 4; ++chain) weigh(j + chain, chain);
-      for (; j < call.len_k; ++j) weigh(j, 0);
+      for (int chain = 0; chain < 3; ++chain)
+        if (j + chain < call.len_k) weigh(j + chain, chain);
       A sums[width], tops[width];
       V::store(sums, (chains[0] + chains[1]) + (chains[2] + chains[3]));
       V::store(tops, from);
@@ -290,7 +290,7 @@ class Tiny {
       const Register sum = V::load(lse);
       Register chains[4] = {};
       for (int64_t j = 0; j < call.len_k; ++j) {
-        const int64_t at = i * pairs + j * width, chain = j < call.len_k / 4 * 4 ? j % 4 : 0;
+        const int64_t at = i * pairs + j * width, chain = j % 4;
         const Register w = exp_of_negative<A>(V::load(weights + at) - sum);
         chains[chain] = chains[chain] + w;
         V::store(weights + at, w);
