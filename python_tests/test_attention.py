@@ -196,30 +196,37 @@ def packed_call(
 
 @pytest.mark.parametrize("dtype", SINGLE_AND_HALF, ids=str)
 @pytest.mark.parametrize("causal", [False, True])
-def test_packed_sequences_are_single_calls(dtype: torch.dtype, causal: bool, isa: str) -> None:
-    """Bit for bit: outputs, logarithms, gradients; sequences of one block of keys and of several, of none, of one token.
-    (Rows of longer ones are split among threads, by the longest.)"""
-    lengths_q, lengths_k = (5, 130, 0, 64, 1, 20), (5, 390, 7, 0, 40, 20)
+@pytest.mark.parametrize(
+    ("lengths_q", "lengths_k", "gated"),
+    [((5, 130, 0, 64, 1, 20), (5, 390, 7, 0, 40, 20), True), ((300, 511, 1100, 3), (20, 300, 270, 40), False)],
+    ids=["short", "long"],
+)
+def test_packed_sequences_are_single_calls(
+    lengths_q: tuple[int, ...], lengths_k: tuple[int, ...], gated: bool, dtype: torch.dtype, causal: bool, isa: str
+) -> None:
+    """Bit for bit: outputs, logarithms, gradients; sequences of one block of keys and of several, of none, of one token; long
+    ones, whose rows are split among threads where there are few of them (without a gate, whose gradient has one owner)."""
     q, k, v, cu_q, cu_k = packed_call(lengths_q, lengths_k, dtype)
-    gate = drawn(k.size(0), 2, dtype=dtype, seed=4)
+    gate = drawn(k.size(0), 2, dtype=dtype, seed=4) if gated else None
     bias = drawn(len(lengths_q), 4, max(lengths_q), max(lengths_k), seed=5)
     more: dict[str, Any] = {"is_causal": causal, "causal_alignment": "bottom_right", "return_lse": True}
 
-    def together(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, bias: Tensor) -> Any:
+    def together(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, gate: Tensor | None = None) -> Any:
         return mk.attention(q, k, v, value_gate=gate, bias=bias, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, **more)
 
-    def singly(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, bias: Tensor) -> Any:
+    def singly(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, gate: Tensor | None = None) -> Any:
         outs, lses = [], []
         for b in range(len(lengths_q)):
             rows, keys = slice(cu_q[b], cu_q[b + 1]), slice(cu_k[b], cu_k[b + 1])
             q_b, k_b, v_b = (x[part].transpose(0, 1)[None] for x, part in ((q, rows), (k, keys), (v, keys)))
-            bias_b, gate_b = bias[b : b + 1, :, : lengths_q[b], : lengths_k[b]], gate[keys].transpose(0, 1)[None]
+            bias_b = bias[b : b + 1, :, : lengths_q[b], : lengths_k[b]]
+            gate_b = None if gate is None else gate[keys].transpose(0, 1)[None]
             out, lse = mk.attention(q_b, k_b, v_b, value_gate=gate_b, bias=bias_b, **more)
             outs.append(out[0].transpose(0, 1))
             lses.append(lse[0].transpose(0, 1))
         return torch.cat(outs), torch.cat(lses)
 
-    call = Call((q, k, v, gate, bias))
+    call = Call((q, k, v, bias) if gate is None else (q, k, v, bias, gate))
     for i, (a, b) in enumerate(
         zip((*call.of(together), *gradients(together, call)), (*call.of(singly), *gradients(singly, call)), strict=True)
     ):

@@ -226,7 +226,7 @@ std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, MaybeTensor b
   return {out, lse};
 }
 
-// Sums of dK or dV of every split, added in their order and stored where they belong.
+// Sums of dK or dV of every split, added as the tree of row_parts and stored where they belong.
 template <class T, class A>
 void add_splits(const A* partial, const AttentionBackward& back, std::int64_t channels, const AttentionOperand& to) {
   const AttentionCall& call = back.call;
@@ -236,11 +236,15 @@ void add_splits(const A* partial, const AttentionBackward& back, std::int64_t ch
       const std::int64_t pair = i / call.len_k, j = i % call.len_k, b = pair / call.kv_heads, h = pair % call.kv_heads;
       const std::int64_t first = call.cu_k ? call.cu_k[b] : 0;
       if (call.cu_k && j >= call.cu_k[b + 1] - first) continue;
+      const std::int64_t rows = call.heads / call.kv_heads * (call.cu_q ? call.cu_q[b + 1] - call.cu_q[b] : call.len_q);
+      const std::int64_t splits = std::min(back.splits, row_parts(rows));
       T* out = static_cast<T*>(const_cast<void*>(to.data)) + b * to.batch + h * to.head + (first + j) * to.row;
       for (std::int64_t channel = 0; channel < channels; ++channel) {
-        A sum = partial[i * channels + channel];
-        for (std::int64_t split = 1; split < back.splits; ++split) sum += partial[split * stride + i * channels + channel];
-        out[channel] = static_cast<T>(sum);
+        A sums[most_parts];
+        for (std::int64_t split = 0; split < splits; ++split) sums[split] = partial[split * stride + i * channels + channel];
+        for (std::int64_t step = 1; step < splits; step *= 2)
+          for (std::int64_t split = 0; split < splits; split += 2 * step) sums[split] += sums[split + step];
+        out[channel] = static_cast<T>(sums[0]);
       }
     }
   });
@@ -260,14 +264,16 @@ void add_splits(const Tensor& partial, const AttentionBackward& back, std::int64
   }
 }
 
-// Parts of a pair's rows, where there are too few pairs for many threads. What a pair's rows share has one owner.
+// Runs of a pair's parts, where there are too few pairs for many threads. What a pair's rows share has one owner.
 std::int64_t splits_of(const AttentionBackward& back, bool needs_bias) {
-  constexpr std::int64_t wanted = 16, fewest_rows = 256;
   const AttentionCall& call = back.call;
   const std::int64_t pairs = std::max<std::int64_t>(1, call.batch * call.kv_heads), group = call.heads / call.kv_heads;
   const bool shared_rows = needs_bias && (call.bias.row == 0 || (call.bias.head == 0 && group > 1));
   if (call.gate || call.normalise > 0 || shared_rows) return 1;
-  return std::max<std::int64_t>(1, std::min((wanted + pairs - 1) / pairs, group * call.len_q / fewest_rows));
+  const std::int64_t parts = row_parts(group * call.len_q);
+  std::int64_t splits = 1;
+  while (splits < parts && splits * pairs < most_parts) splits *= 2;
+  return splits;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(

@@ -71,8 +71,29 @@ struct AttentionCall {
   bool stream;         // the output bypasses the cache
 };
 
+// The rows of a pair in backward, in 2^n parts of equal length. dK and dV are summed part by part and the parts as a binary
+// tree, whoever computes them: so their bits hang on the pair's own rows alone.
+inline constexpr int64_t part_rows = 512, most_parts = 16, part_step = 128;
+
+inline int64_t row_parts(int64_t rows) {
+  int64_t parts = 1;
+  while (parts < most_parts && 2 * parts * part_rows <= rows) parts *= 2;
+  return parts;
+}
+
+inline int64_t part_begin(int64_t rows, int64_t part, int64_t parts) {
+  return part == parts ? rows : rows * part / parts / part_step * part_step;
+}
+
+// The most rows that one of `splits` runs of parts has, of a pair of up to so many rows.
+inline int64_t longest_run(int64_t rows, int64_t splits) {
+  const int64_t run = rows / splits < 2 * part_rows ? 2 * part_rows : rows / splits + 1;
+  return rows < run + part_step ? rows : run + part_step;
+}
+
 // Backward, by tasks: the pairs that share a gradient of the bias, in groups; a group's pairs in `chunks` runs, each with
-// sums of its own; the rows of a pair in `splits` parts, each with sums of dK and dV of its own. All by sizes alone.
+// sums of its own; the parts of a pair's rows in `splits` runs (2^n), each with sums of dK and dV of its own. All by sizes
+// alone.
 struct AttentionBackward {
   AttentionCall call;
   AttentionOperand grad_out;

@@ -22,8 +22,8 @@ class Backward {
  public:
   explicit Backward(const AttentionBackward& backward)
       : back(backward), call(backward.call), addends(backward.call), dropout(backward.call) {
-    const int64_t rows = (call.heads / call.kv_heads * call.len_q + back.splits - 1) / back.splits;
-    const int64_t panels = rows / lanes + 2;
+    const int64_t rows = call.heads / call.kv_heads * call.len_q;
+    const int64_t panels = longest_run(rows, back.splits) / lanes + 2;
     const int64_t block = least((call.len_k + 7) / 8 * 8, backward_keys) * lanes;
     dim = padded(call.dim);
     value_dim = padded(call.value_dim);
@@ -40,8 +40,10 @@ class Backward {
     keys_at = take(call.len_k * call.dim);
     values_at = take(call.len_k * call.value_dim);
     key_factors_at = take(call.normalise > 0 ? call.len_k : 0);
-    grad_keys_at = take(block / lanes * dim);
-    grad_values_at = take(block / lanes * value_dim);
+    sums_at = take(sums_of_part(block / lanes));
+    pending_at = end;
+    for (int64_t parts = row_parts(rows) / back.splits; parts > 1; parts /= 2) take(sums_of_part(block / lanes));
+    pending_step = (sums_of_part(block / lanes) + 15) / 16 * 16;
     query_rows_at = take(panels * lanes * dim);
     out_rows_at = take(panels * lanes * value_dim);
     query_panels_at = take(panels * lanes * call.dim);
@@ -104,8 +106,9 @@ class Backward {
   static int64_t padded(int64_t channels) { return (channels + V::width - 1) / V::width * V::width; }
 
   void run_pair(const Pair& pair, int64_t chunk, int64_t split) {
-    const int64_t part = (pair.rows + back.splits - 1) / back.splits;
-    const int64_t begin = least(split * part, pair.rows), end = least(begin + part, pair.rows);
+    const int64_t parts = row_parts(pair.rows), own = most(parts / back.splits, 1), first_part = split * own;
+    if (first_part >= parts) return;
+    const int64_t begin = part_begin(pair.rows, first_part, parts), end = part_begin(pair.rows, first_part + own, parts);
     number = pair.b * call.kv_heads + pair.h;
     if (back.grad_pad) {
       A* pad = static_cast<A*>(back.grad_pad) + number * (call.dim + call.value_dim);
@@ -117,38 +120,70 @@ class Backward {
     find_huge_rows(pair, begin, end, block);
     for (int64_t key = 0; key < pair.len_k; key += block) {
       const int64_t count = least(block, pair.len_k - key);
-      bool started = false;
-      for (int64_t row = begin; row < end; row += gathered_panels * lanes) {
-        const int64_t panels = least(gathered_panels, (end - row + lanes - 1) / lanes);
-        bool seen[gathered_panels], any = false;
-        for (int64_t p = 0; p < panels; ++p) {
-          const Intervals<A> intervals(call, pair, Panel<A>(pair, row + p * lanes, end));
-          seen[p] = most(key, intervals.first) < least(key + count, intervals.last);
-          any = any || seen[p];
-        }
-        if (!any) continue;
-        for (int64_t p = 0; p < panels; ++p) {
-          if (key == 0) prefetch((row - begin) / lanes + p, (end - begin + lanes - 1) / lanes);
-          if (seen[p]) {
-            const Panel<A> panel(pair, row + p * lanes, end);
-            with_vectors(panel.vectors(), [&]<int vectors>() {
-              run_panel<vectors>(pair, panel, row - begin + p * lanes, p, key, key + count, chunk);
-            });
-          } else {
-            for (A* buffer : {dropped(p, count), grads(p, count)})
-              for (int64_t i = 0; i < count * lanes; ++i) buffer[i] = A(0);
-          }
-        }
-        const int64_t last = end - row - (panels - 1) * lanes < lanes ? end - row - (panels - 1) * lanes : lanes;
-        gather_panels<A>(dropped(0, count), count * lanes, panels, last, count, memory + out_rows_at + (row - begin) * value_dim,
-                         call.value_dim, started, memory + grad_values_at);
-        gather_panels<A>(grads(0, count), count * lanes, panels, last, count, memory + query_rows_at + (row - begin) * dim,
-                         call.dim, started, memory + grad_keys_at);
-        started = true;
+      for (int64_t part = 0; part < own; ++part) {
+        run_part(pair, begin, end, part_begin(pair.rows, first_part + part, parts),
+                 part_begin(pair.rows, first_part + part + 1, parts), key, count, chunk);
+        add_parts(part, own, count);
       }
-      store_keys(pair, split, key, count, started);
+      store_keys(pair, split, key, count);
     }
     for (int64_t row = begin; row < end; row += lanes) store_queries(pair, Panel<A>(pair, row, end), row - begin);
+  }
+
+  // Rows [first, last) of those that are staged, [begin, end), and a block of keys.
+  void run_part(const Pair& pair, int64_t begin, int64_t end, int64_t first, int64_t last, int64_t key, int64_t count,
+                int64_t chunk) {
+    bool started = false;
+    for (int64_t row = first; row < last; row += gathered_panels * lanes) {
+      const int64_t panels = least(gathered_panels, (last - row + lanes - 1) / lanes);
+      bool seen[gathered_panels], any = false;
+      for (int64_t p = 0; p < panels; ++p) {
+        const Intervals<A> intervals(call, pair, Panel<A>(pair, row + p * lanes, last));
+        seen[p] = most(key, intervals.first) < least(key + count, intervals.last);
+        any = any || seen[p];
+      }
+      if (!any) continue;
+      for (int64_t p = 0; p < panels; ++p) {
+        if (key == 0) prefetch((row - begin) / lanes + p, (end - begin + lanes - 1) / lanes);
+        if (seen[p]) {
+          const Panel<A> panel(pair, row + p * lanes, last);
+          with_vectors(panel.vectors(), [&]<int vectors>() {
+            run_panel<vectors>(pair, panel, row - begin + p * lanes, p, key, key + count, chunk);
+          });
+        } else {
+          for (A* buffer : {dropped(p, count), grads(p, count)})
+            for (int64_t i = 0; i < count * lanes; ++i) buffer[i] = A(0);
+        }
+      }
+      const int64_t left = least(last - row - (panels - 1) * lanes, lanes);
+      gather_panels<A>(dropped(0, count), count * lanes, panels, left, count, memory + out_rows_at + (row - begin) * value_dim,
+                       call.value_dim, started, value_sums(count));
+      gather_panels<A>(grads(0, count), count * lanes, panels, left, count, memory + query_rows_at + (row - begin) * dim,
+                       call.dim, started, key_sums());
+      started = true;
+    }
+    if (started) return;
+    for (int64_t i = 0; i < sums_of_part(count); ++i) key_sums()[i] = A(0);
+  }
+
+  // A part's sums: dK, then dV, of the keys of a block.
+  int64_t sums_of_part(int64_t count) const { return count * (dim + value_dim); }
+  A* key_sums() const { return memory + sums_at; }
+  A* value_sums(int64_t count) const { return memory + sums_at + count * dim; }
+
+  // What run_part left of part `part` of `own`: added to the finished parts beside it, two and two, then four and four; or kept
+  // until those that it is added to are finished.
+  void add_parts(int64_t part, int64_t own, int64_t count) {
+    const int64_t elements_of_part = sums_of_part(count);
+    A *sums = key_sums(), *pending = memory + pending_at;
+    int64_t level = part;
+    for (; level % 2 == 1; level /= 2) {
+      for_each_vector<A>(elements_of_part, [&](int64_t i, int64_t width) {
+        store_lanes<A>(sums + i, load_lanes<A>(pending + i, width) + load_lanes<A>(sums + i, width), width);
+      });
+      pending += pending_step;
+    }
+    if (part + 1 < own) memcpy(pending, sums, static_cast<size_t>(elements_of_part) * sizeof(A));
   }
 
   // What lies in them is packed to the keys that a block has.
@@ -406,13 +441,9 @@ class Backward {
       }
   }
 
-  // dK and dV of the keys [first, first + count), from the sums of a block; zero where no row saw any of them.
-  void store_keys(const Pair& pair, int64_t split, int64_t first, int64_t count, bool started) {
-    A *of_keys = memory + grad_keys_at, *of_values = memory + grad_values_at;
-    if (!started) {
-      for (int64_t i = 0; i < count * dim; ++i) of_keys[i] = A(0);
-      for (int64_t i = 0; i < count * value_dim; ++i) of_values[i] = A(0);
-    }
+  // dK and dV of the keys [first, first + count), from the sums of a block.
+  void store_keys(const Pair& pair, int64_t split, int64_t first, int64_t count) {
+    A *of_keys = key_sums(), *of_values = value_sums(count);
     if (back.splits > 1) {
       const int64_t pairs = call.batch * call.kv_heads, at = (split * pairs + number) * call.len_k + first;
       A *to_keys = static_cast<A*>(back.partial_k) + at * call.dim, *to_values = static_cast<A*>(back.partial_v) + at * call.value_dim;
@@ -526,7 +557,7 @@ class Backward {
   bool stream_queries, stream_keys, stream_values;
   const Pair* following = nullptr;
   int64_t dim, value_dim;  // padded to whole vectors
-  int64_t weights_at, grads_at, dropped_at, capped_at, keys_at, values_at, key_factors_at, grad_keys_at, grad_values_at,
+  int64_t weights_at, grads_at, dropped_at, capped_at, keys_at, values_at, key_factors_at, sums_at, pending_at, pending_step,
       query_rows_at, out_rows_at, query_panels_at, out_panels_at, grad_panels_at, lse_at, centre_at, inverse_at, row_factors_at, row_at,
       addends_at, elements;
   A* memory = nullptr;
