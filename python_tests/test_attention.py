@@ -129,6 +129,23 @@ def test_rows_of_finfo_min_are_averages(dtype: torch.dtype, isa: str) -> None:
     torch.testing.assert_close(few, out[:, :, :1], rtol=2e-2, atol=1e-3)
 
 
+@pytest.mark.parametrize("len_k", [21, 700])
+def test_gradients_of_rows_of_finfo_min(len_k: int, isa: str) -> None:
+    """The logarithm of such a row's sum is lost in its scores: its weights come of their own sum, over one block of keys or
+    over several. Rows beside them are as ever."""
+    q, k, v = heads(1, 2, 40, len_k, 8)
+    bias = drawn(1, 1, 40, len_k)
+    bias[:, :, 10:30] = torch.finfo(torch.float32).min
+
+    def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return mk.attention(q, k, v, bias=bias)
+
+    def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.softmax(q @ k.mT * 8**-0.5 + bias.to(q.dtype), -1) @ v
+
+    assert_equal_functions(ours, plain, Call((q, k, v)), "rows of finfo.min", luck=1)
+
+
 # --- any sizes ----------------------------------------------------------------------------------------------------------
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(data=st.data())
@@ -204,7 +221,7 @@ def packed_call(
 def test_packed_sequences_are_single_calls(
     lengths_q: tuple[int, ...], lengths_k: tuple[int, ...], gated: bool, dtype: torch.dtype, causal: bool, isa: str
 ) -> None:
-    """Bit for bit: outputs, logarithms, gradients; sequences of one block of keys and of several, of none, of one token; long
+    """Bit for bit: outputs, logarithms, gradients; sequences of one block of keys and of several, of none, of one; long
     ones, whose rows are split among threads where there are few of them (without a gate, whose gradient has one owner)."""
     q, k, v, cu_q, cu_k = packed_call(lengths_q, lengths_k, dtype)
     gate = drawn(k.size(0), 2, dtype=dtype, seed=4) if gated else None

@@ -58,16 +58,44 @@ inline void multiply_each(const EachProduct<A>& p, int64_t rows, int64_t cols) {
   for (; row < rows; ++row) multiply_each_rows<1>(p, row, cols);
 }
 
-// As many heads as fill whole vectors, where a token's heads lie side by side.
+// As many heads as fill whole vectors of a token's output, which has them side by side; fewer, if those are too many to divide
+// a call's heads or to lie in the first-level cache.
 template <class A>
-int64_t heads_together(const AttentionCall& call, const AttentionBackward* back) {
-  const auto dense = [&](const AttentionOperand& operand, int64_t channels) { return operand.head == channels; };
-  if (!dense(call.q, call.dim) || !dense(call.k, call.dim) || !dense(call.v, call.value_dim)) return 1;
-  if (back && !dense(back->grad_out, call.value_dim)) return 1;
-  for (int64_t heads = 1; heads <= 8 && heads <= call.heads; heads *= 2)
-    if (heads * call.dim % Vec<A>::width == 0 && heads * call.value_dim % Vec<A>::width == 0 && call.heads % heads == 0) return heads;
-  return 1;
+int64_t heads_together(const AttentionCall& call) {
+  constexpr int64_t most_channels = 64;
+  int64_t heads = 1;
+  const auto whole = [&](int64_t channels) { return heads * channels % Vec<A>::width == 0; };
+  while (!(whole(call.dim) && whole(call.value_dim)) && call.heads % (2 * heads) == 0 &&
+         2 * heads * most(call.dim, call.value_dim) <= most_channels)
+    heads *= 2;
+  return heads;
 }
+
+// The heads of an item in memory, as runs of contiguous elements; and in scratch, one vector of lanes an element, those of a
+// run one after the other.
+struct Runs {
+  int64_t count, length;      // of runs, of one
+  int64_t per_head;           // runs; of all heads, where those of a token lie side by side
+  int64_t step, head;         // from run to run, from head to head, in memory
+  int64_t token, head_there;  // from token to token, from head to head, in scratch, in vectors
+
+  Runs() = default;
+  Runs(const AttentionOperand& operand, int64_t heads, int64_t tokens, int64_t dim) {
+    const bool side_by_side = heads == 1 || operand.head == dim;
+    const int64_t channels = side_by_side ? heads * dim : dim;
+    const bool one_run = operand.row == channels;  // token after token
+    length = one_run ? tokens * channels : channels;
+    per_head = one_run ? 1 : tokens;
+    count = side_by_side ? per_head : heads * per_head;
+    step = operand.row;
+    head = operand.head;
+    token = channels;
+    head_there = side_by_side ? dim : tokens * dim;
+  }
+  int64_t vectors() const { return count * length; }
+  // Where a run begins, from the first element of the first head.
+  int64_t offset(int64_t run) const { return run / per_head * head + run % per_head * step; }
+};
 
 template <class T>
 class Tiny {
@@ -77,25 +105,27 @@ class Tiny {
   static constexpr int64_t width = V::width;
 
  public:
-  Tiny(const AttentionCall& c, const AttentionBackward* b) : call(c), back(b), addends(c), together(heads_together<A>(c, b)) {
+  Tiny(const AttentionCall& c, const AttentionBackward* b) : call(c), back(b), addends(c), together(heads_together<A>(c)) {
     int64_t end = 0;
     const auto take = [&](int64_t vectors) {
       const int64_t at = end;
       end += vectors * width;
       return at;
     };
-    const int64_t q = c.len_q * together * c.dim, k = c.len_k * together * c.dim;
-    const int64_t v = c.len_k * together * c.value_dim, out = c.len_q * together * c.value_dim;
-    q_at = take(q);
-    k_at = take(k);
-    v_at = take(v);
-    out_at = take(out);
+    const auto part = [&](const AttentionOperand& operand, int64_t tokens, int64_t dim) {
+      const Runs runs(operand, together, tokens, dim);
+      return Part{operand, runs, take(runs.vectors())};
+    };
+    q = part(c.q, c.len_q, c.dim);
+    k = part(c.k, c.len_k, c.dim);
+    v = part(c.v, c.len_k, c.value_dim);
+    out = part(back ? back->grad_out : c.out, c.len_q, c.value_dim);
     weights_at = take(c.len_q * c.len_k);
     added_at = take((c.len_q * c.len_k + width - 1) / width);
     if (back) {
-      grad_q_at = take(q);
-      grad_k_at = take(k);
-      grad_v_at = take(v);
+      grad_q = part(back->grad_q, c.len_q, c.dim);
+      grad_k = part(back->grad_k, c.len_k, c.dim);
+      grad_v = part(back->grad_v, c.len_k, c.value_dim);
       grads_at = take(c.len_q * c.len_k);
     }
     elements = end;
@@ -112,13 +142,13 @@ class Tiny {
       last = item + 1 == end;
       next_batch = (item + 1) / groups * width;
       next_head = (item + 1) % groups * together;
-      load(call.q, call.len_q, call.dim, q_at);
-      load(call.k, call.len_k, call.dim, k_at);
-      load(call.v, call.len_k, call.value_dim, v_at);
-      if (back) load(back->grad_out, call.len_q, call.value_dim, out_at);
+      load(q);
+      load(k);
+      load(v);
+      if (back) load(out);
       const Register scale = V::set(static_cast<A>(call.scale));
-      for (int64_t i = 0; i < call.len_q * together * call.dim; ++i) {
-        A* at = memory + q_at + i * width;
+      for (int64_t i = 0; i < q.runs.vectors(); ++i) {
+        A* at = memory + q.at + i * width;
         V::store(at, V::load(at) * scale);
       }
       for (int64_t g = 0; g < together; ++g) {
@@ -130,16 +160,26 @@ class Tiny {
         }
       }
       if (back) {
-        store(back->grad_q, call.len_q, call.dim, grad_q_at);
-        store(back->grad_k, call.len_k, call.dim, grad_k_at);
-        store(back->grad_v, call.len_k, call.value_dim, grad_v_at);
+        store(grad_q);
+        store(grad_k);
+        store(grad_v);
       } else {
-        store(call.out, call.len_q, call.value_dim, out_at);
+        store(out);
       }
     }
   }
 
  private:
+  // An operand, and where its heads lie in scratch.
+  struct Part {
+    AttentionOperand operand;
+    Runs runs;
+    int64_t at;
+
+    int64_t token() const { return runs.token * width; }
+    int64_t of_head(int64_t g) const { return at + g * runs.head_there * width; }
+  };
+
   void place(int64_t item, int64_t groups) {
     batch = item / groups * width;
     count = least(call.batch - batch, width);
@@ -149,53 +189,55 @@ class Tiny {
   // A share of what the next item reads: it comes while this one computes.
   void prefetch(int64_t index, int64_t parts) const {
     if (last) return;
-    const auto rows = [&](const AttentionOperand& operand, int64_t tokens, int64_t dim) {
-      const int64_t lanes = least(call.batch - next_batch, width), bytes = together * dim * static_cast<int64_t>(sizeof(T));
-      for (int64_t i = lanes * tokens * index / parts; i < lanes * tokens * (index + 1) / parts; ++i) {
-        const char* row = reinterpret_cast<const char*>(static_cast<const T*>(operand.data) +
-                                                        (next_batch + i / tokens) * operand.batch + next_head * operand.head +
-                                                        i % tokens * operand.row);
-        for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(row + byte, 0, 2);
+    const auto lines = [&](const Part& part) {
+      const int64_t runs = least(call.batch - next_batch, width) * part.runs.count;
+      const int64_t bytes = part.runs.length * static_cast<int64_t>(sizeof(T));
+      for (int64_t i = runs * index / parts; i < runs * (index + 1) / parts; ++i) {
+        const char* run = reinterpret_cast<const char*>(first_of(part, next_batch + i / part.runs.count, next_head) +
+                                                        part.runs.offset(i % part.runs.count));
+        for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(run + byte, 0, 2);
       }
     };
-    rows(call.q, call.len_q, call.dim);
-    rows(call.k, call.len_k, call.dim);
-    rows(call.v, call.len_k, call.value_dim);
-    if (back) rows(back->grad_out, call.len_q, call.value_dim);
+    lines(q);
+    lines(k);
+    lines(v);
+    if (back) lines(out);
   }
 
-  template <class S>
-  S* row_of(const AttentionOperand& operand, int64_t lane, int64_t token) const {
-    return const_cast<S*>(static_cast<const S*>(operand.data)) + (batch + lane) * operand.batch + head * operand.head +
-           token * operand.row;
+  static T* first_of(const Part& part, int64_t entry, int64_t h) {
+    const AttentionOperand& operand = part.operand;
+    return const_cast<T*>(static_cast<const T*>(operand.data)) + entry * operand.batch + h * operand.head;
   }
 
-  // Tokens of all lanes, to[token][channel][lane]; lanes that do not exist repeat the last.
-  void load(const AttentionOperand& operand, int64_t tokens, int64_t dim, int64_t to) {
-    const int64_t channels = together * dim;
-    for (int64_t token = 0; token < tokens; ++token) {
-      const T* from[width];
-      for (int64_t lane = 0; lane < width; ++lane) from[lane] = row_of<T>(operand, least(lane, count - 1), token);
-      A* out = memory + to + token * channels * width;
-      for_each_vector<A>(channels, [&](int64_t k, int64_t lanes) {
+  // The elements of all lanes; lanes that do not exist repeat the last.
+  void load(const Part& part) {
+    const T* first[width];
+    for (int64_t lane = 0; lane < width; ++lane) first[lane] = first_of(part, batch + least(lane, count - 1), head);
+    A* to = memory + part.at;
+    for (int64_t run = 0; run < part.runs.count; ++run) {
+      const int64_t offset = part.runs.offset(run);
+      for_each_vector<A>(part.runs.length, [&](int64_t k, int64_t lanes) {
         Register square[width];
-        for (int64_t lane = 0; lane < width; ++lane) square[lane] = load_lanes<A>(from[lane] + k, lanes);
+        for (int64_t lane = 0; lane < width; ++lane) square[lane] = load_lanes<A>(first[lane] + offset + k, lanes);
         V::transpose(square);
-        for (int64_t i = 0; i < lanes; ++i) V::store(out + (k + i) * width, square[i]);
+        for (int64_t i = 0; i < lanes; ++i) V::store(to + (k + i) * width, square[i]);
       });
+      to += part.runs.length * width;
     }
   }
 
-  void store(const AttentionOperand& operand, int64_t tokens, int64_t dim, int64_t from) {
-    const int64_t channels = together * dim;
-    for (int64_t token = 0; token < tokens; ++token) {
-      const A* in = memory + from + token * channels * width;
-      for_each_vector<A>(channels, [&](int64_t k, int64_t lanes) {
+  void store(const Part& part) {
+    const A* from = memory + part.at;
+    for (int64_t run = 0; run < part.runs.count; ++run) {
+      const int64_t offset = part.runs.offset(run);
+      for_each_vector<A>(part.runs.length, [&](int64_t k, int64_t lanes) {
         Register square[width];
-        for (int64_t i = 0; i < width; ++i) square[i] = i < lanes ? V::load(in + (k + i) * width) : V::zero();
+        for (int64_t i = 0; i < width; ++i) square[i] = i < lanes ? V::load(from + (k + i) * width) : V::zero();
         V::transpose(square);
-        for (int64_t lane = 0; lane < count; ++lane) store_lanes<A>(row_of<T>(operand, lane, token) + k, square[lane], lanes);
+        for (int64_t lane = 0; lane < count; ++lane)
+          store_lanes<A>(first_of(part, batch + lane, head) + offset + k, square[lane], lanes);
       });
+      from += part.runs.length * width;
     }
   }
 
@@ -217,8 +259,7 @@ class Tiny {
 
   // scores[i][j] of one of the heads, in `weights`.
   void score(int64_t g) {
-    const int64_t row = together * call.dim * width, first = g * call.dim * width;
-    multiply_each(EachProduct<A>{memory + q_at + first, row, width, memory + k_at + first, row, width, call.dim,
+    multiply_each(EachProduct<A>{memory + q.of_head(g), q.token(), width, memory + k.of_head(g), k.token(), width, call.dim,
                                  memory + weights_at, call.len_k * width, width},
                   call.len_q, call.len_k);
     if (!addends.any && call.window_left < 0 && call.window_right < 0) return;
@@ -263,26 +304,24 @@ class Tiny {
       }
       for (int64_t lane = 0; lane < count; ++lane) *lse_of(lane, g, i) = tops[lane];
     }
-    A* out = memory + out_at + g * call.value_dim * width;
-    const int64_t row = together * call.value_dim * width;
-    multiply_each(EachProduct<A>{memory + weights_at, call.len_k * width, width, memory + v_at + g * call.value_dim * width, width, row,
-                                 call.len_k, out, row, width},
+    A* to = memory + out.of_head(g);
+    multiply_each(EachProduct<A>{memory + weights_at, call.len_k * width, width, memory + v.of_head(g), width, v.token(),
+                                 call.len_k, to, out.token(), width},
                   call.len_q, call.value_dim);
     for (int64_t i = 0; i < call.len_q; ++i)
-      for (int64_t k = 0; k < call.value_dim; ++k) {
-        A* at = out + i * row + k * width;
+      for (int64_t c = 0; c < call.value_dim; ++c) {
+        A* at = to + i * out.token() + c * width;
         V::store(at, V::load(at) * V::load(factors + i * width));
       }
   }
 
   void run_backward(int64_t g) {
-    const int64_t row = together * call.dim * width, value_row = together * call.value_dim * width, pairs = call.len_k * width;
+    const int64_t pairs = call.len_k * width;
     A *weights = memory + weights_at, *grads = memory + grads_at;
-    const A *q = memory + q_at + g * call.dim * width, *k = memory + k_at + g * call.dim * width;
-    const A *v = memory + v_at + g * call.value_dim * width, *upstream = memory + out_at + g * call.value_dim * width;
     score(g);
-    multiply_each(EachProduct<A>{upstream, value_row, width, v, value_row, width, call.value_dim, grads, pairs, width}, call.len_q,
-                  call.len_k);
+    multiply_each(EachProduct<A>{memory + out.of_head(g), out.token(), width, memory + v.of_head(g), v.token(), width,
+                                 call.value_dim, grads, pairs, width},
+                  call.len_q, call.len_k);
     for (int64_t i = 0; i < call.len_q; ++i) {
       prefetch(g * call.len_q + i, together * call.len_q);
       A lse[width], centre[width];
@@ -309,17 +348,19 @@ class Tiny {
         V::store(grads + at, V::load(weights + at) * (V::load(grads + at) - middle));
       }
     }
-    multiply_each(EachProduct<A>{weights, width, pairs, upstream, width, value_row, call.len_q,
-                                 memory + grad_v_at + g * call.value_dim * width, value_row, width},
+    multiply_each(EachProduct<A>{weights, width, pairs, memory + out.of_head(g), width, out.token(), call.len_q,
+                                 memory + grad_v.of_head(g), grad_v.token(), width},
                   call.len_k, call.value_dim);
-    multiply_each(EachProduct<A>{grads, width, pairs, q, width, row, call.len_q, memory + grad_k_at + g * call.dim * width, row, width},
+    multiply_each(EachProduct<A>{grads, width, pairs, memory + q.of_head(g), width, q.token(), call.len_q,
+                                 memory + grad_k.of_head(g), grad_k.token(), width},
                   call.len_k, call.dim);
-    A* grad_q = memory + grad_q_at + g * call.dim * width;
-    multiply_each(EachProduct<A>{grads, pairs, width, k, width, row, call.len_k, grad_q, row, width}, call.len_q, call.dim);
+    A* to = memory + grad_q.of_head(g);
+    multiply_each(EachProduct<A>{grads, pairs, width, memory + k.of_head(g), width, k.token(), call.len_k, to, grad_q.token(), width},
+                  call.len_q, call.dim);
     const Register scale = V::set(static_cast<A>(call.scale));
     for (int64_t i = 0; i < call.len_q; ++i)
-      for (int64_t d = 0; d < call.dim; ++d) {
-        A* at = grad_q + i * row + d * width;
+      for (int64_t c = 0; c < call.dim; ++c) {
+        A* at = to + i * grad_q.token() + c * width;
         V::store(at, (V::zero() + V::load(at)) * scale);  // as the other kernels, whose sums begin at 0
       }
   }
@@ -340,7 +381,8 @@ class Tiny {
   const AttentionBackward* back;
   const Addends addends;
   const int64_t together;
-  int64_t q_at, k_at, v_at, out_at, weights_at, added_at, grad_q_at = 0, grad_k_at = 0, grad_v_at = 0, grads_at = 0, elements;
+  Part q, k, v, out, grad_q{}, grad_k{}, grad_v{};  // out: in backward its gradient
+  int64_t weights_at, added_at, grads_at = 0, elements;
   int64_t batch = 0, count = 0, head = 0, next_batch = 0, next_head = 0;
   bool last = true;
   A* memory = nullptr;
