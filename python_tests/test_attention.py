@@ -378,14 +378,15 @@ def test_order_of_the_keys_does_not_matter(isa: str) -> None:
 
 @pytest.mark.parametrize("dtype", SINGLE_AND_HALF, ids=str)
 def test_few_rows_are_those_of_many(dtype: torch.dtype, isa: str) -> None:
-    """Few queries have a kernel of their own."""
+    """Few queries have a kernel of their own, which rounds no weights as matrix tiles do."""
     q, k, v = heads(2, 4, 60, 410, 24, dtype, kv=2)
     bias = drawn(1, 4, 60, 410)
     many, many_lse = mk.attention(q, k, v, bias=bias, return_lse=True)
+    atol = max(1e-5, torch.finfo(dtype).eps * many.abs().max().item())
     for first, count in ((0, 1), (7, 2), (30, 3), (50, 6)):
         rows = slice(first, first + count)
         few, few_lse = mk.attention(q[:, :, rows], k, v, bias=bias[:, :, rows], return_lse=True)
-        torch.testing.assert_close(few, many[:, :, rows])
+        torch.testing.assert_close(few, many[:, :, rows], rtol=1.3e-6 if dtype == torch.float32 else 1.6e-2, atol=atol)
         torch.testing.assert_close(few_lse, many_lse[:, :, rows], rtol=1e-5, atol=1e-5)
 
 

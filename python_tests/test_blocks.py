@@ -93,3 +93,26 @@ def test_amx_tile(blocks: ModuleType) -> None:
     else:
         with pytest.raises(ValueError, match="does not offer amx"):
             blocks.amx_tile_product(*bits, c.numpy().reshape(-1))
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (16, 16, 32), (17, 33, 2), (32, 16, 95), (40, 70, 33), (5, 49, 64)], ids=str)
+@pytest.mark.parametrize("a_columns", [False, True])
+@pytest.mark.parametrize("b_columns", [False, True])
+def test_amx_panels(blocks: ModuleType, sizes: tuple[int, int, int], a_columns: bool, b_columns: bool) -> None:
+    """Operands packed from their rows and from their columns, with padding of every kind; added to what is there, or not."""
+    rows, cols, depth = sizes
+    generator = torch.Generator().manual_seed(1)
+    a, b = (torch.randn(shape, generator=generator).bfloat16() for shape in ((rows, depth), (depth, cols)))
+    c = torch.randn((rows + 31) // 32 * 32, (cols + 31) // 32 * 32, generator=generator)
+    packed = [
+        t.contiguous().view(torch.int16).numpy().view(np.uint16).reshape(-1)
+        for t in (a.T if a_columns else a, b if b_columns else b.T)
+    ]
+    for accumulate in (False, True):
+        arguments = (*packed, a_columns, b_columns, rows, cols, c.numpy().reshape(-1), accumulate)
+        if not blocks.amx_usable():
+            with pytest.raises(ValueError, match="does not offer amx"):
+                blocks.amx_panel_product(*arguments)
+            continue
+        ours = torch.from_numpy(blocks.amx_panel_product(*arguments)).view(c.shape)[:rows, :cols]
+        torch.testing.assert_close(ours, a.float() @ b.float() + accumulate * c[:rows, :cols], rtol=1e-5, atol=1e-4)

@@ -3,7 +3,6 @@
 
 #include "attention_operands.h"
 #include "core/cache.h"
-#include "core/tier.h"
 #include "core/trace.h"
 
 namespace mmk {
@@ -208,12 +207,12 @@ std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, MaybeTensor b
   AttentionCall& call = problem.call;
   Tensor out = new_heads(q, q, call.value_dim, problem.packed), lse = new_lse(q, problem.packed);
   const int dtype = dtype_index(q);
-  const auto tier = tier_for(attention_kernels_tiers, dtype == 3);
-  trace("attention", tier.name);
+  const AttentionChoice choice = choose_attention(call, static_cast<Number>(dtype));
+  const AttentionKernels& kernels = *choice.kernels;
+  trace("attention", choice.name);
   if (lse.numel() == 0) return {out, lse};
   call.out = heads_operand(out, problem.packed);
   call.lse = lse.mutable_data_ptr();
-  const AttentionKernels& kernels = tier.kernels->kernels[dtype];
   if (is_tiny(call)) {
     run_attention(kernels.tiny_items(call, nullptr), tiny_work(call), kernels.tiny_bytes(call, nullptr),
                   [&](std::int64_t begin, std::int64_t end, void* scratch) { kernels.tiny(call, nullptr, begin, end, scratch); });
@@ -320,8 +319,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     return new_tensor(q, sizes, like->dim(), dtype_of_like);
   };
   Tensor grad_bias = small(need_bias, bias), grad_gate = small(need_gate, value_gate);
-  const auto tier = tier_for(attention_kernels_tiers, is_double);
-  trace("attention_backward", tier.name);
+  const AttentionChoice choice = choose_attention(call, static_cast<Number>(dtype));
+  const AttentionKernels& kernels = *choice.kernels;
+  trace("attention_backward", choice.name);
 
   call.out = heads_operand(out, packed);
   call.lse = const_cast<void*>(lse.const_data_ptr());
@@ -330,7 +330,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   back.grad_q = heads_operand(grad_q, packed);
   back.grad_k = heads_operand(grad_k, packed);
   back.grad_v = heads_operand(grad_v, packed);
-  const AttentionKernels& kernels = tier.kernels->kernels[dtype];
   if (is_tiny(call) && !(need_bias && grad_bias.numel() > 0)) {
     run_attention(kernels.tiny_items(call, &back), 3 * tiny_work(call), kernels.tiny_bytes(call, &back),
                   [&](std::int64_t begin, std::int64_t end, void* scratch) { kernels.tiny(call, &back, begin, end, scratch); });

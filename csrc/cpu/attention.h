@@ -126,19 +126,36 @@ struct AttentionKernels {
   void (*tiny)(const AttentionCall&, const AttentionBackward*, int64_t begin_item, int64_t end_item, void* scratch);
 };
 
+// Of tiny sequences, at most.
+inline constexpr int64_t tiny_rows = 16, tiny_keys = 32;
+
 // Whether the kernel for tiny sequences takes a call: it has the vectors full of batch entries, and what is added to their
 // scores is the same for all. Fewer queries go another way, whose sums have another order.
 inline bool is_tiny(const AttentionCall& call) {
   return call.cu_q == nullptr && call.windows.tokens == nullptr && call.heads == call.kv_heads && call.len_q > 4 &&
-         call.len_q <= 16 && call.len_k > 0 && call.len_k <= 32 && call.batch >= 8 && call.gate == nullptr &&
+         call.len_q <= tiny_rows && call.len_k > 0 && call.len_k <= tiny_keys && call.batch >= 8 && call.gate == nullptr &&
          call.normalise == 0 && call.softcap == 0 && call.dropout_p == 0 && call.limits.data == nullptr &&
          call.segments_q.data == nullptr && call.head_scale == nullptr && call.bias.batch == 0 && call.mask.batch == 0;
 }
+
+// Whether matrix tiles, where there are any, make the products of a pair in fewer cycles than vectors: `rows` queries of all heads
+// that share the pair's `keys` (attention_choice.cpp).
+bool tiles_pay(int64_t rows, int64_t keys, int64_t dim, int64_t value_dim);
 
 struct AttentionTier {
   AttentionKernels kernels[float_numbers];  // by the type of q; null functions in tiers without
 };
 
 MMK_TIERS(AttentionTier, attention_kernels)
+#if MMK_X86_TIERS
+MMK_DECLARE_TIER(amx, AttentionTier, attention_kernels)  // bfloat16 alone, without the kernels for tiny sequences
+#endif
+
+// The kernels of the tier in force for a call, by the type of q, and the name under which the trace knows them.
+struct AttentionChoice {
+  const AttentionKernels* kernels;
+  const char* name;
+};
+AttentionChoice choose_attention(const AttentionCall& call, Number number);
 
 }  // namespace mmk

@@ -1,6 +1,9 @@
 // Attention of one tier, forward. Backward is attention_backward.tier.cpp's.
-#include "attention_products.h"
 #include "attention_scores.h"
+#include "attention_vectors.h"
+#if MMK_TIER_ID(MMK_TIER) == MMK_TIER_IS_amx
+#include "attention_tiles.h"
+#endif
 
 namespace mmk::MMK_TIER {
 
@@ -20,12 +23,9 @@ MMK_ATTENTION_PASSES(float64)
 
 namespace {
 
-// Panels whose scores one block of keys meets in a row, while it is in the second-level cache.
-inline constexpr int64_t group_panels = 4;
-inline constexpr int64_t forward_keys = 384;
-
-// One thread's walk over items: what it works in, and what it keeps from one item to the next.
-template <class T>
+// One thread's walk over items: what it works in, and what it keeps from one item to the next. Pairs that Products does not take
+// are another walk's.
+template <class T, class Products>
 class Forward {
   using A = accumulator_t<T>;
   using V = Vec<A>;
@@ -33,41 +33,33 @@ class Forward {
   static constexpr int lanes = lanes_of<A>;
 
  public:
-  explicit Forward(const AttentionCall& c) : call(c), addends(c), dropout(c) {
+  explicit Forward(const AttentionCall& c) : call(c), addends(c), dropout(c), products(c, layout) {
     caches = c.keeps_addends && !addends.by_key;
-    cached_elements = (c.block_rows + lanes - 1) / lanes * lanes * c.len_k;
-    const int64_t block = least((c.len_k + 7) / 8 * 8, forward_keys);  // a shorter sequence may have a longer one
-    int64_t end = 0;
-    const auto take = [&](int64_t count) {
-      const int64_t at = end;
-      end += (count + 15) / 16 * 16;
-      return at;
-    };
-    scores_at = take(block * lanes);
-    panels_at = take(group_panels * c.dim * lanes);
-    outs_at = take(group_panels * c.value_dim * lanes);
-    keys_at = take(c.len_k * c.dim);
-    values_at = take(c.len_k * c.value_dim);
-    cached_at = take(caches && !c.batch_inside ? c.kv_heads : 0);
-    addends_at = take(!addends.any     ? 0
-                      : addends.by_key ? c.len_k
-                      : caches         ? cached_elements * (c.batch_inside ? 1 : c.kv_heads)
-                                       : block * lanes);
-    elements = end;
+    cached_elements = rounded_up(c.block_rows, lanes) * c.len_k;
+    // A shorter sequence may have a longer block.
+    const int64_t block = least(rounded_up(c.len_k, Products::key_unit), forward_keys);
+    scores_at = layout.take(block * lanes);
+    cached_at = layout.take(caches && !c.batch_inside ? c.kv_heads : 0);
+    addends_at = layout.take(!addends.any     ? 0
+                             : addends.by_key ? c.len_k
+                             : caches         ? cached_elements * (c.batch_inside ? 1 : c.kv_heads)
+                                              : block * lanes);
     streams = rows_stream<T>(c, c.out, c.value_dim);
   }
 
-  int64_t bytes() const { return elements * static_cast<int64_t>(sizeof(A)); }
+  int64_t bytes() const { return layout.end * static_cast<int64_t>(sizeof(A)); }
 
   void run(int64_t begin, int64_t end, void* scratch) {
+    if (!call.cu_q && !Products::takes(call, Pair(call, 0, 0))) return;
     memory = static_cast<A*>(scratch);
+    products.begin(scratch);
     if (caches && !call.batch_inside)
       for (int64_t h = 0; h < call.kv_heads; ++h) memory[cached_at + h] = A(0);
     Item item(call, begin);
     for (int64_t number = begin; number < end; ++number) {
       const Item next(call, number + 1 < end ? number + 1 : number);
       const int64_t row = item.block * call.block_rows;
-      if (row < item.pair.rows) {
+      if (row < item.pair.rows && Products::takes(call, item.pair)) {
         if (!(item.pair.b == staged_b && item.pair.h == staged_h)) stage(item.pair);
         if (caches) keep_addends(item);
         following = next.pair.b != item.pair.b || next.pair.h != item.pair.h ? &next.pair : nullptr;
@@ -75,6 +67,7 @@ class Forward {
       }
       item = next;
     }
+    products.end();
     if (streams) stream_fence();
   }
 
@@ -126,10 +119,7 @@ class Forward {
     staged_b = pair.b;
     staged_h = pair.h;
     if (addends.by_key) make_key_addends(call, pair, memory + addends_at);
-    // Few rows read their keys once, as they lie.
-    direct = is_few<A>(pair.rows, pair, call) && !pair.tokens && pair.len_k > 0 && call.normalise == 0 && !call.gate;
-    if (direct || pair.len_k == 0) return;
-    stage_pair<A, T>(call, pair, memory + keys_at, memory + values_at, nullptr, keys, values);
+    if (pair.len_k > 0) products.stage(pair);
   }
 
   struct State {
@@ -137,7 +127,8 @@ class Forward {
   };
 
   void run_rows(const Pair& pair, int64_t begin, int64_t end) {
-    const int64_t block = equal_blocks(pair.len_k, forward_keys), steps = (end - begin + lanes - 1) / lanes;
+    const int64_t block = equal_blocks(pair.len_k, forward_keys, Products::key_unit);
+    const int64_t steps = (end - begin + lanes - 1) / lanes;
     for (int64_t group = begin; group < end; group += group_panels * lanes) {
       const int64_t count = least(group_panels, (end - group + lanes - 1) / lanes);
       State states[group_panels];
@@ -149,14 +140,13 @@ class Forward {
           states[p].sum[v] = V::zero();
         }
         panels[p] = Panel<A>(pair, group + p * lanes, end);
-        load_queries(pair, panels[p], memory + panels_at + p * call.dim * lanes);
+        products.load_queries(pair, panels[p], p);
       }
       for (int64_t key = 0; key < pair.len_k; key += block) {
         for (int64_t p = 0; p < count; ++p) {
           const Intervals<A> intervals(call, pair, panels[p]);
-          // From a multiple of four on, so that each key's weight goes into the same of the four sums wherever the rows of a
-          // panel begin to see.
-          const int64_t first = most(key, intervals.first / 4 * 4), last = least(least(key + block, pair.len_k), intervals.last);
+          const int64_t first = most(key, intervals.first / Products::first_unit * Products::first_unit);
+          const int64_t last = least(least(key + block, pair.len_k), intervals.last);
           if (key == 0) prefetch((group - begin) / lanes + p, steps);
           if (first >= last) continue;
           with_vectors(panels[p].vectors(), [&]<int vectors>() {
@@ -169,45 +159,13 @@ class Forward {
     }
   }
 
-  // A panel of a few rows, or with few left over.
-  bool goes_few(const Pair& pair, const Panel<A>& panel) const { return is_few<A>(panel.count, pair, call); }
-
-  void load_queries(const Pair& pair, const Panel<A>& panel, A* to) {
-    const auto row = [&](int64_t lane) { return pair.at<T>(call.q, panel.head[lane], panel.query[lane], pair.first_q); };
-    if (goes_few(pair, panel)) {
-      for (int64_t r = 0; r < panel.count; ++r) {
-        const T* from = row(r);
-        A factor = scale_of<A>(call, panel.head[r]);
-        if (call.normalise > 0) factor *= size_of(inverse_norm<A>(from, call.dim, call.normalise));
-        const Register factors = V::set(factor);
-        for (int64_t k = 0; k < call.dim; k += V::width) V::store(to + r * call.dim + k, V::load(from + k) * factors);
-      }
-      return;
-    }
-    A factors[lanes];
-    for (int64_t lane = 0; lane < lanes; ++lane) {
-      factors[lane] = scale_of<A>(call, panel.head[lane]);
-      if (call.normalise > 0 && lane < panel.count) factors[lane] *= size_of(inverse_norm<A>(row(lane), call.dim, call.normalise));
-    }
-    to_lanes<A, T>(panel.vectors(), panel.count, call.dim, factors, to, row);
-  }
-
   // Keys [first, last) of one panel: scores, softmax as far as it is known, weighted values.
   template <int vectors>
   void run_block(const Pair& pair, const Panel<A>& panel, const Intervals<A>& intervals, int64_t p, int64_t row_in_block,
                  int64_t first, int64_t last, bool started, State& state) {
     A* scores = memory + scores_at;
-    const A* queries = memory + panels_at + p * call.dim * lanes;
-    A* outs = memory + outs_at + p * call.value_dim * lanes;
     const int64_t count = last - first;
-    const bool few = goes_few(pair, panel);
-    if (!few) {
-      score_panel<A, vectors>(keys, first, last, call.dim, queries, scores);
-    } else if (direct) {
-      score_few<A>(pair.key<T>(call.k, first), call.k.row, count, queries, panel.count, call.dim, scores);
-    } else {
-      score_few<A>(keys.data + first * keys.row, keys.row, count, queries, panel.count, call.dim, scores);
-    }
+    products.template score<vectors>(pair, panel, p, first, last, scores);
     if (call.softcap > 0) apply_softcap<A, vectors>(call.softcap, count, scores);
     // Four sums are more exact than one, and wait less for each other.
     Register top[vectors], rescale[vectors], chains[4][vectors];
@@ -255,32 +213,7 @@ class Forward {
       if (next + chain < count) weigh(next + chain, chain);
     for (int v = 0; v < vectors; ++v) state.sum[v] = (chains[0][v] + chains[1][v]) + (chains[2][v] + chains[3][v]);
     if (dropout.any) dropout.apply(call, pair, panel, first, last, scores, scores);
-
-    if (few) {
-      if (started) {
-        A factors[lanes];
-        V::store(factors, rescale[0]);
-        for (int64_t r = 0; r < panel.count; ++r)
-          for (int64_t k = 0; k < call.value_dim; k += V::width) {
-            A* at = outs + r * call.value_dim + k;
-            V::store(at, V::load(at) * V::set(factors[r]));
-          }
-      }
-      if (direct) {
-        weigh_few<A>(pair.key<T>(call.v, first), call.v.row, count, scores, panel.count, call.value_dim, started, outs);
-      } else {
-        weigh_few<A>(values.data + first * values.row, values.row, count, scores, panel.count, call.value_dim, started, outs);
-      }
-      return;
-    }
-    if (started) {
-      for (int64_t k = 0; k < call.value_dim; ++k)
-        for (int v = 0; v < vectors; ++v) {
-          A* at = outs + k * lanes + v * V::width;
-          V::store(at, V::load(at) * rescale[v]);
-        }
-    }
-    weigh_panel<A, vectors>(values, first, last, call.value_dim, scores, started, outs);
+    products.template weigh<vectors>(pair, panel, p, first, last, scores, started, rescale);
   }
 
   void finish(const Pair& pair, const Panel<A>& panel, int64_t p, bool started, const State& state) {
@@ -290,7 +223,6 @@ class Forward {
       V::store(sums + v * V::width, state.sum[v]);
     }
     for (int lane = 0; lane < lanes; ++lane) logs[lane] = log_of_positive(sums[lane]);
-    const A* outs = memory + outs_at + p * call.value_dim * lanes;
     A* lse = static_cast<A*>(call.lse);
     for (int64_t lane = 0; lane < panel.count; ++lane) {
       const bool nothing = !started || sums[lane] == A(0);
@@ -306,39 +238,55 @@ class Forward {
     if (!started) {
       for (int64_t lane = 0; lane < panel.count; ++lane)
         if (T* to = row(lane)) memset(to, 0, static_cast<size_t>(call.value_dim) * sizeof(T));
-    } else if (goes_few(pair, panel)) {
-      for (int64_t r = 0; r < panel.count; ++r)
-        if (T* to = row(r))
-          for (int64_t k = 0; k < call.value_dim; k += V::width)
-            V::store(to + k, V::load(outs + r * call.value_dim + k) * V::set(factors[r]));
     } else {
-      from_lanes<A, T>(panel.vectors(), panel.count, call.value_dim, outs, factors, streams, row);
+      products.store(pair, panel, p, factors, streams, row);
     }
   }
 
   const AttentionCall& call;
   const Addends addends;
   const Dropout dropout;
-  bool caches, streams, direct = false;
-  int64_t cached_elements, scores_at, panels_at, outs_at, keys_at, values_at, cached_at, addends_at, elements;
+  Layout layout;
+  Products products;
+  bool caches, streams;
+  int64_t cached_elements, scores_at, cached_at, addends_at;
   const Pair* following = nullptr;
   A* memory = nullptr;
   int64_t staged_b = -1, staged_h = -1, cached_h = -1, cached_block = -1;
-  Staged<A> keys{}, values{};
 };
 
+#if MMK_TIER_ID(MMK_TIER) == MMK_TIER_IS_amx
+int64_t forward_bytes(const AttentionCall& call) {
+  return most(Forward<bfloat16, ForwardTiles>(call).bytes(), Forward<bfloat16, ForwardVectors<bfloat16>>(call).bytes());
+}
+
+// Packed sequences choose one by one: those that tiles do not take, vectors do.
+void forward(const AttentionCall& call, int64_t begin, int64_t end, void* scratch) {
+  Forward<bfloat16, ForwardTiles>(call).run(begin, end, scratch);
+  Forward<bfloat16, ForwardVectors<bfloat16>>(call).run(begin, end, scratch);
+}
+#else
 template <class T>
 int64_t forward_bytes(const AttentionCall& call) {
-  return Forward<T>(call).bytes();
+  return Forward<T, ForwardVectors<T>>(call).bytes();
 }
 
 template <class T>
 void forward(const AttentionCall& call, int64_t begin, int64_t end, void* scratch) {
-  Forward<T>(call).run(begin, end, scratch);
+  Forward<T, ForwardVectors<T>>(call).run(begin, end, scratch);
 }
+#endif
 
 }  // namespace
 
+#if MMK_TIER_ID(MMK_TIER) == MMK_TIER_IS_amx
+const AttentionTier attention_kernels = {{
+    {},
+    {forward_bytes, attention_backward_bfloat16_bytes, forward, attention_backward_bfloat16, nullptr, nullptr, nullptr},
+    {},
+    {},
+}};
+#else
 #define MMK_ATTENTION_KERNELS(storage, type)                                                                     \
   {                                                                                                              \
     forward_bytes<storage>, attention_backward_##type##_bytes, forward<storage>, attention_backward_##type,      \
@@ -355,5 +303,6 @@ const AttentionTier attention_kernels = {{
     {},
 #endif
 }};
+#endif
 
 }  // namespace mmk::MMK_TIER

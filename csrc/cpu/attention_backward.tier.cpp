@@ -2,17 +2,17 @@
 // the gradient of the output and centre = row sums of dO O - dlse = row sums of W (dO V^T) - dlse:
 //   dV = W^T dO ;  dS = W (dO V^T - centre) ;  dK = dS^T Q ;  dQ = dS K ;  dbias = dS
 // A task owns dK and dV of its pairs, and dQ of its rows; blocks of keys outermost, panels of rows inside.
-#include "attention_products.h"
 #include "attention_scores.h"
+#include "attention_vectors.h"
+#if MMK_TIER_ID(MMK_TIER) == MMK_TIER_IS_amx
+#include "attention_tiles.h"
+#endif
 
 namespace mmk::MMK_TIER {
 namespace {
 
-// Panels whose weights one product over rows takes together, and keys of a block: they fill half of a second-level cache.
-inline constexpr int64_t gathered_panels = 4;
-inline constexpr int64_t backward_keys = 256;
-
-template <class T>
+// Pairs that Products does not take are another walk's.
+template <class T, class Products>
 class Backward {
   using A = accumulator_t<T>;
   using V = Vec<A>;
@@ -21,61 +21,48 @@ class Backward {
 
  public:
   explicit Backward(const AttentionBackward& backward)
-      : back(backward), call(backward.call), addends(backward.call), dropout(backward.call) {
-    const int64_t rows = call.heads / call.kv_heads * call.len_q;
-    const int64_t panels = longest_run(rows, back.splits) / lanes + 2;
-    const int64_t block = least((call.len_k + 7) / 8 * 8, backward_keys) * lanes;
-    dim = padded(call.dim);
-    value_dim = padded(call.value_dim);
-    int64_t end = 0;
-    const auto take = [&](int64_t count) {
-      const int64_t at = end;
-      end += (count + 15) / 16 * 16;
-      return at;
-    };
-    weights_at = take(gathered_panels * block);
-    grads_at = take(gathered_panels * block);
-    dropped_at = dropout.any ? take(gathered_panels * block) : weights_at;
-    capped_at = take(call.softcap > 0 ? block : 0);
-    keys_at = take(call.len_k * call.dim);
-    values_at = take(call.len_k * call.value_dim);
-    key_factors_at = take(call.normalise > 0 ? call.len_k : 0);
-    sums_at = take(sums_of_part(block / lanes));
-    pending_at = end;
-    for (int64_t parts = row_parts(rows) / back.splits; parts > 1; parts /= 2) take(sums_of_part(block / lanes));
-    pending_step = (sums_of_part(block / lanes) + 15) / 16 * 16;
-    query_rows_at = take(panels * lanes * dim);
-    out_rows_at = take(panels * lanes * value_dim);
-    query_panels_at = take(panels * lanes * call.dim);
-    out_panels_at = take(panels * lanes * call.value_dim);
-    grad_panels_at = take(panels * lanes * call.dim);
-    lse_at = take(panels * lanes);
-    centre_at = take(panels * lanes);
-    inverse_at = take(panels * lanes);
-    row_factors_at = take(panels * lanes);
-    row_at = take(lanes * call.dim);
-    addends_at = take(!addends.any ? 0 : addends.by_key ? call.len_k : block);
-    elements = end;
+      : back(backward),
+        call(backward.call),
+        addends(backward.call),
+        dropout(backward.call),
+        most_panels(longest_run(call.heads / call.kv_heads * call.len_q, back.splits) / lanes + 2),
+        products(backward.call, most_panels, layout) {
+    const int64_t block = least(rounded_up(call.len_k, Products::key_unit), backward_keys) * lanes;
+    capped_at = layout.take(call.softcap > 0 ? block : 0);
+    lse_at = layout.take(most_panels * lanes);
+    centre_at = layout.take(most_panels * lanes);
+    inverse_at = layout.take(most_panels * lanes);
+    row_factors_at = layout.take(most_panels * lanes);
+    rows_at = layout.take(lanes * call.dim);
+    unit_at = layout.take(call.dim);
+    pending_step = rounded_up(block / lanes * (products.dim + products.value_dim), 16);
+    int64_t levels = 0;
+    for (int64_t parts = row_parts(call.heads / call.kv_heads * call.len_q) / back.splits; parts > 1; parts /= 2) ++levels;
+    pending_at = layout.take(levels * pending_step);
+    addends_at = layout.take(!addends.any ? 0 : addends.by_key ? call.len_k : block);
     stream_queries = rows_stream<T>(call, back.grad_q, call.dim);
     stream_keys = rows_stream<T>(call, back.grad_k, call.dim);
     stream_values = rows_stream<T>(call, back.grad_v, call.value_dim);
   }
 
-  int64_t bytes() const { return elements * static_cast<int64_t>(sizeof(A)); }
+  int64_t bytes() const { return layout.end * static_cast<int64_t>(sizeof(A)); }
 
   void run(int64_t begin, int64_t end, void* scratch) {
+    if (!call.cu_q && !Products::takes(call, Pair(call, 0, 0))) return;
     memory = static_cast<A*>(scratch);
+    products.begin(scratch);
     const int64_t members = (back.group_batch ? call.batch : 1) * (back.group_heads ? call.kv_heads : 1);
     const int64_t run_length = (members + back.chunks - 1) / back.chunks;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t split = task % back.splits, chunk = task / back.splits % back.chunks;
       const int64_t group = task / back.splits / back.chunks;
       for (int64_t m = chunk * run_length; m < least((chunk + 1) * run_length, members); ++m) {
-        const Pair next = member(group, least(m + 1, members - 1));
+        const Pair pair = member(group, m), next = member(group, least(m + 1, members - 1));
         following = m + 1 < members ? &next : nullptr;
-        run_pair(member(group, m), chunk, split);
+        if (Products::takes(call, pair)) run_pair(pair, chunk, split);
       }
     }
+    products.end();
     if (stream_keys || stream_values || stream_queries) stream_fence();
   }
 
@@ -103,8 +90,6 @@ class Backward {
     }
   }
 
-  static int64_t padded(int64_t channels) { return (channels + V::width - 1) / V::width * V::width; }
-
   void run_pair(const Pair& pair, int64_t chunk, int64_t split) {
     const int64_t parts = row_parts(pair.rows), own = most(parts / back.splits, 1), first_part = split * own;
     if (first_part >= parts) return;
@@ -114,9 +99,10 @@ class Backward {
       A* pad = static_cast<A*>(back.grad_pad) + number * (call.dim + call.value_dim);
       for (int64_t k = 0; k < call.dim + call.value_dim; ++k) pad[k] = A(0);
     }
-    stage_keys(pair);
+    if (addends.by_key) make_key_addends(call, pair, memory + addends_at);
+    if (pair.len_k > 0) products.stage_keys(pair);
     stage_rows(pair, begin, end);
-    const int64_t block = equal_blocks(pair.len_k, backward_keys);
+    const int64_t block = equal_blocks(pair.len_k, backward_keys, Products::key_unit);
     find_huge_rows(pair, begin, end, block);
     for (int64_t key = 0; key < pair.len_k; key += block) {
       const int64_t count = least(block, pair.len_k - key);
@@ -151,88 +137,68 @@ class Backward {
             run_panel<vectors>(pair, panel, row - begin + p * lanes, p, key, key + count, chunk);
           });
         } else {
-          for (A* buffer : {dropped(p, count), grads(p, count)})
-            for (int64_t i = 0; i < count * lanes; ++i) buffer[i] = A(0);
+          products.keep_zeros(p, count);
         }
       }
-      const int64_t left = least(last - row - (panels - 1) * lanes, lanes);
-      gather_panels<A>(dropped(0, count), count * lanes, panels, left, count, memory + out_rows_at + (row - begin) * value_dim,
-                       call.value_dim, started, value_sums(count));
-      gather_panels<A>(grads(0, count), count * lanes, panels, left, count, memory + query_rows_at + (row - begin) * dim,
-                       call.dim, started, key_sums());
+      products.gather(row - begin, panels, least(last - row - (panels - 1) * lanes, lanes), count, started);
       started = true;
     }
     if (started) return;
-    for (int64_t i = 0; i < sums_of_part(count); ++i) key_sums()[i] = A(0);
+    for (int64_t i = 0; i < count * products.dim; ++i) products.grad_keys()[i] = A(0);
+    for (int64_t i = 0; i < count * products.value_dim; ++i) products.grad_values()[i] = A(0);
   }
 
-  // A part's sums: dK, then dV, of the keys of a block.
-  int64_t sums_of_part(int64_t count) const { return count * (dim + value_dim); }
-  A* key_sums() const { return memory + sums_at; }
-  A* value_sums(int64_t count) const { return memory + sums_at + count * dim; }
-
-  // What run_part left of part `part` of `own`: added to the finished parts beside it, two and two, then four and four; or kept
-  // until those that it is added to are finished.
+  // The sums that run_part left of part `part` of `own`: added to the finished parts beside it, two and two, then four and four;
+  // or kept until those that they are added to are finished.
   void add_parts(int64_t part, int64_t own, int64_t count) {
-    const int64_t elements_of_part = sums_of_part(count);
-    A *sums = key_sums(), *pending = memory + pending_at;
-    int64_t level = part;
-    for (; level % 2 == 1; level /= 2) {
-      for_each_vector<A>(elements_of_part, [&](int64_t i, int64_t width) {
-        store_lanes<A>(sums + i, load_lanes<A>(pending + i, width) + load_lanes<A>(sums + i, width), width);
-      });
+    const int64_t of_keys = count * products.dim, of_values = count * products.value_dim;
+    A* pending = memory + pending_at;
+    for (int64_t level = part; level % 2 == 1; level /= 2) {
+      add_to(products.grad_keys(), pending, of_keys);
+      add_to(products.grad_values(), pending + of_keys, of_values);
       pending += pending_step;
     }
-    if (part + 1 < own) memcpy(pending, sums, static_cast<size_t>(elements_of_part) * sizeof(A));
+    if (part + 1 == own) return;
+    memcpy(pending, products.grad_keys(), static_cast<size_t>(of_keys) * sizeof(A));
+    memcpy(pending + of_keys, products.grad_values(), static_cast<size_t>(of_values) * sizeof(A));
   }
 
-  // What lies in them is packed to the keys that a block has.
-  A* weights(int64_t p, int64_t count) const { return memory + weights_at + p * count * lanes; }
-  A* grads(int64_t p, int64_t count) const { return memory + grads_at + p * count * lanes; }
-  A* dropped(int64_t p, int64_t count) const { return memory + dropped_at + p * count * lanes; }
-
-  void stage_keys(const Pair& pair) {
-    if (addends.by_key) make_key_addends(call, pair, memory + addends_at);
-    if (pair.len_k > 0)
-      stage_pair<A, T>(call, pair, memory + keys_at, memory + values_at, memory + key_factors_at, keys, values);
+  static void add_to(A* sums, const A* pending, int64_t count) {
+    for_each_vector<A>(count, [&](int64_t i, int64_t width) {
+      store_lanes<A>(sums + i, load_lanes<A>(pending + i, width) + load_lanes<A>(sums + i, width), width);
+    });
   }
 
-  // Queries (scaled) and gradients of the output, row by row and by panels; what else belongs to a row.
+  // Queries, gradients of the output, and what else belongs to a row.
   void stage_rows(const Pair& pair, int64_t begin, int64_t end) {
     A *lse = memory + lse_at, *centre = memory + centre_at, *row_factors = memory + row_factors_at;
     for (int64_t first = begin; first < end; first += lanes) {
       const Panel<A> panel(pair, first, end);
+      const auto upstream = [&](int64_t lane) -> const T* {
+        if (!pair.inside(panel.query[lane])) return nullptr;
+        return pair.at<T>(back.grad_out, panel.head[lane], panel.query[lane], pair.first_q);
+      };
+      A factors[lanes];
       for (int64_t lane = 0; lane < lanes; ++lane) {
         const int64_t r = first - begin + lane;
-        A *query = memory + query_rows_at + r * dim, *grad = memory + out_rows_at + r * value_dim;
+        centre[r] = factors[lane] = A(0);
         if (lane >= panel.count) {
           lse[r] = static_cast<A>(-minus_infinity);
-          centre[r] = A(0);
           continue;
         }
         const int64_t head = panel.head[lane], i = panel.query[lane];
-        const T* from = pair.at<T>(call.q, head, i, pair.first_q);
-        A factor = scale_of<A>(call, head);
         row_factors[r] = A(1);
-        centre[r] = A(0);
+        factors[lane] = scale_of<A>(call, head);
         if (call.normalise > 0) {
-          row_factors[r] = inverse_norm<A>(from, call.dim, call.normalise);
-          factor *= size_of(row_factors[r]);
+          row_factors[r] = inverse_norm<A>(pair.at<T>(call.q, head, i, pair.first_q), call.dim, call.normalise);
+          factors[lane] *= size_of(row_factors[r]);
         }
-        for (int64_t k = 0; k < call.dim; k += V::width)
-          V::store(query + k, load_lanes<A>(from + k, least(call.dim - k, V::width)) * V::set(factor));
-        if (pair.inside(i)) {
-          const T* upstream = pair.at<T>(back.grad_out, head, i, pair.first_q);
-          for (int64_t k = 0; k < call.value_dim; k += V::width)
-            V::store(grad + k, load_lanes<A>(upstream + k, least(call.value_dim - k, V::width)));
-          if (!at_once(pair)) {
-            const T* out = pair.at<T>(call.out, head, i, pair.first_q);
-            centre[r] = sum_over<A>(call.value_dim, [&](Register sum, int64_t k, int64_t count) {
-              return V::fma(load_lanes<A>(out + k, count), load_lanes<A>(grad + k, count), sum);
-            });
-          }
-        } else {
-          for (int64_t k = 0; k < value_dim; ++k) grad[k] = A(0);
+        const T* grad = upstream(lane);
+        if (grad && !at_once(pair)) {
+          const T* out = pair.at<T>(call.out, head, i, pair.first_q);
+          centre[r] = sum_over<A>(call.value_dim, [&](Register sum, int64_t k, int64_t count) {
+            return V::fma(load_lanes<A>(out + k, count), load_lanes<A>(grad + k, count), sum);
+          });
         }
         const int64_t at = pair.b * call.lse_batch + head * call.lse_head + (pair.first_q + i) * call.lse_row;
         lse[r] = static_cast<const A*>(call.lse)[at];
@@ -242,15 +208,8 @@ class Backward {
           centre[r] -= static_cast<const A*>(back.grad_lse)[at];
         }
       }
-      if (is_few<A>(panel.count, pair, call)) continue;
-      const int64_t at = first - begin;
-      to_lanes<A, A>(panel.vectors(), panel.count, call.dim, static_cast<const A*>(nullptr), memory + query_panels_at + at * call.dim,
-                     [&](int64_t lane) { return memory + query_rows_at + (at + lane) * dim; });
-      to_lanes<A, A>(panel.vectors(), panel.count, call.value_dim, static_cast<const A*>(nullptr), memory + out_panels_at + at * call.value_dim,
-                     [&](int64_t lane) { return memory + out_rows_at + (at + lane) * value_dim; });
+      products.stage_panel(pair, panel, first - begin, factors, upstream);
     }
-    A* sums = memory + grad_panels_at;
-    for (int64_t i = 0; i < (end - begin + lanes - 1) / lanes * lanes * call.dim; ++i) sums[i] = A(0);
   }
 
   // Scores of one panel and the keys [first, last) as softmax takes them; before bias and masks they stay in `capped` too, where
@@ -258,11 +217,7 @@ class Backward {
   template <int vectors>
   void make_scores(const Pair& pair, const Panel<A>& panel, int64_t row, int64_t first, int64_t last, A* to) {
     const int64_t count = last - first;
-    if (is_few<A>(panel.count, pair, call)) {
-      score_few<A>(keys.data + first * keys.row, keys.row, count, memory + query_rows_at + row * dim, panel.count, call.dim, to);
-    } else {
-      score_panel<A, vectors>(keys, first, last, call.dim, memory + query_panels_at + row * call.dim, to);
-    }
+    products.template score<vectors>(pair, panel, row, first, last, to);
     if (call.softcap > 0) {
       apply_softcap<A, vectors>(call.softcap, count, to);
       memcpy(memory + capped_at, to, static_cast<size_t>(count * lanes) * sizeof(A));
@@ -297,7 +252,7 @@ class Backward {
         Register sums[vectors] = {};
         for (int64_t key = 0; key < pair.len_k; key += block) {
           const int64_t count = least(block, pair.len_k - key);
-          A* scores = weights(0, count);
+          A* scores = products.weights(0, count);
           make_scores<vectors>(pair, panel, row, key, key + count, scores);
           for (int64_t j = 0; j < count; ++j)
             for (int v = 0; v < vectors; ++v) {
@@ -314,16 +269,10 @@ class Backward {
   template <int vectors>
   void run_panel(const Pair& pair, const Panel<A>& panel, int64_t row, int64_t p, int64_t first, int64_t last, int64_t chunk) {
     const int64_t count = last - first;
-    A *weight = weights(p, count), *grad = grads(p, count);
+    A *weight = products.weights(p, count), *grad = products.grads(p, count);
     const A* capped = memory + capped_at;
-    const A* upstream = memory + out_rows_at + row * value_dim;
-    const bool few = is_few<A>(panel.count, pair, call);
     make_scores<vectors>(pair, panel, row, first, last, weight);
-    if (few) {
-      score_few<A>(values.data + first * values.row, values.row, count, upstream, panel.count, call.value_dim, grad);
-    } else {
-      score_panel<A, vectors>(values, first, last, call.value_dim, memory + out_panels_at + row * call.value_dim, grad);
-    }
+    products.template score_gradients<vectors>(pair, panel, row, first, last, grad);
 
     Register lse[vectors], centre[vectors];
     for (int v = 0; v < vectors; ++v) {
@@ -369,7 +318,7 @@ class Backward {
           finish(at, v, V::load(weight + at));
         }
     }
-    if (dropout.any) dropout.apply(call, pair, panel, first, last, weight, dropped(p, count));
+    if (dropout.any) dropout.apply(call, pair, panel, first, last, weight, products.dropped(p, count));
     if (back.grad_bias) add_to_bias<vectors>(pair, panel, first, last, chunk, grad);
     if (call.softcap > 0) {
       const Register inverse = V::set(static_cast<A>(1 / call.softcap)), one = V::set(A(1));
@@ -380,12 +329,8 @@ class Backward {
           V::store(grad + at, V::load(grad + at) * (one - ratio * ratio));
         }
     }
-    A* sums = memory + grad_panels_at + row * call.dim;
-    if (few) {
-      weigh_few<A>(keys.data + first * keys.row, keys.row, count, grad, panel.count, call.dim, true, sums);
-    } else {
-      weigh_panel<A, vectors>(keys, first, last, call.dim, grad, true, sums);
-    }
+    products.template weigh<vectors>(pair, panel, row, first, last, grad);
+    products.template keep<vectors>(panel, row, p, count);
   }
 
   // Adds a panel's gradients of scores to those of the bias, row after row: rows that share a bias are added in their order.
@@ -443,7 +388,8 @@ class Backward {
 
   // dK and dV of the keys [first, first + count), from the sums of a block.
   void store_keys(const Pair& pair, int64_t split, int64_t first, int64_t count) {
-    A *of_keys = key_sums(), *of_values = value_sums(count);
+    A *of_keys = products.grad_keys(), *of_values = products.grad_values();
+    const int64_t dim = products.dim, value_dim = products.value_dim;
     if (back.splits > 1) {
       const int64_t pairs = call.batch * call.kv_heads, at = (split * pairs + number) * call.len_k + first;
       A *to_keys = static_cast<A*>(back.partial_k) + at * call.dim, *to_values = static_cast<A*>(back.partial_v) + at * call.value_dim;
@@ -458,7 +404,7 @@ class Backward {
     for (int64_t j = 0; j < count; ++j) {
       A *grad = of_keys + j * dim, *value_grad = of_values + j * value_dim;
       const int64_t key = first + j;
-      if (call.normalise > 0) along_sphere(keys.data + key * keys.row, (memory + key_factors_at)[key], grad);
+      if (call.normalise > 0) along_sphere(products.unit_key(pair, key), products.key_factor(key), grad);
       if (call.gate) {
         const T* value = pair.key<T>(call.v, key);
         if (back.grad_gate) {
@@ -506,17 +452,17 @@ class Backward {
   }
 
   void store_queries(const Pair& pair, const Panel<A>& panel, int64_t row) {
-    const A* sums = memory + grad_panels_at + row * call.dim;
+    const A* sums = products.sums(row);
     const auto to = [&](int64_t lane) -> T* {
       if (!pair.inside(panel.query[lane])) return nullptr;
       return pair.at<T>(back.grad_q, panel.head[lane], panel.query[lane], pair.first_q);
     };
-    const bool few = is_few<A>(panel.count, pair, call);
+    const bool few = products.few(pair, panel);
     A factors[lanes];
     for (int64_t lane = 0; lane < lanes; ++lane) factors[lane] = scale_of<A>(call, panel.head[lane]);
     if (call.normalise == 0 && back.grad_scale == nullptr && !few)
       return from_lanes<A, T>(panel.vectors(), panel.count, call.dim, sums, factors, stream_queries, to);
-    A* rows = memory + row_at;
+    A* rows = memory + rows_at;
     if (few) {
       memcpy(rows, sums, static_cast<size_t>(panel.count * call.dim) * sizeof(A));
     } else {
@@ -530,7 +476,7 @@ class Backward {
       if (result == nullptr) continue;
       const T* query = pair.at<T>(call.q, panel.head[lane], panel.query[lane], pair.first_q);
       const A factor = (memory + row_factors_at)[row + lane], size = size_of(factor);
-      A* unit = memory + query_rows_at + (row + lane) * dim;
+      A* unit = memory + unit_at;
       for_each_vector<A>(call.dim, [&](int64_t k, int64_t width) {
         store_lanes<A>(unit + k, load_lanes<A>(query + k, width) * V::set(size), width);
       });
@@ -556,26 +502,37 @@ class Backward {
   int64_t number = 0;  // of the pair
   bool stream_queries, stream_keys, stream_values;
   const Pair* following = nullptr;
-  int64_t dim, value_dim;  // padded to whole vectors
-  int64_t weights_at, grads_at, dropped_at, capped_at, keys_at, values_at, key_factors_at, sums_at, pending_at, pending_step,
-      query_rows_at, out_rows_at, query_panels_at, out_panels_at, grad_panels_at, lse_at, centre_at, inverse_at, row_factors_at, row_at,
-      addends_at, elements;
+  const int64_t most_panels;  // of a task's rows
+  Layout layout;
+  Products products;
+  int64_t capped_at, lse_at, centre_at, inverse_at, row_factors_at, rows_at, unit_at, pending_at, pending_step, addends_at;
   A* memory = nullptr;
-  Staged<A> keys{}, values{};
 };
 
 }  // namespace
 
+#if MMK_TIER_ID(MMK_TIER) == MMK_TIER_IS_amx
+int64_t attention_backward_bfloat16_bytes(const AttentionBackward& call) {
+  return most(Backward<bfloat16, BackwardTiles>(call).bytes(), Backward<bfloat16, BackwardVectors<bfloat16>>(call).bytes());
+}
+
+// Packed sequences choose one by one: those that tiles do not take, vectors do.
+void attention_backward_bfloat16(const AttentionBackward& call, int64_t begin, int64_t end, void* scratch) {
+  Backward<bfloat16, BackwardTiles>(call).run(begin, end, scratch);
+  Backward<bfloat16, BackwardVectors<bfloat16>>(call).run(begin, end, scratch);
+}
+#else
 #define MMK_ATTENTION_BACKWARD(type, name)                                                                \
-  int64_t name##_bytes(const AttentionBackward& call) { return Backward<type>(call).bytes(); }            \
+  int64_t name##_bytes(const AttentionBackward& call) { return Backward<type, BackwardVectors<type>>(call).bytes(); }            \
   void name(const AttentionBackward& call, int64_t begin, int64_t end, void* scratch) {                   \
-    Backward<type>(call).run(begin, end, scratch);                                                        \
+    Backward<type, BackwardVectors<type>>(call).run(begin, end, scratch);                                                        \
   }
 MMK_ATTENTION_BACKWARD(float, attention_backward_float32)
 MMK_ATTENTION_BACKWARD(bfloat16, attention_backward_bfloat16)
 MMK_ATTENTION_BACKWARD(float16, attention_backward_float16)
 #if MMK_TIER_ID(MMK_TIER) == MMK_TIER_IS_generic
 MMK_ATTENTION_BACKWARD(double, attention_backward_float64)
+#endif
 #endif
 
 }  // namespace mmk::MMK_TIER

@@ -17,6 +17,27 @@ inline constexpr int lanes_of = 2 * Vec<A>::width;
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t most(int64_t a, int64_t b) { return a < b ? b : a; }
+inline int64_t rounded_up(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
+
+// Forward: panels whose scores one block of keys meets in a row, while it is in the second-level cache; and keys of a block.
+inline constexpr int64_t group_panels = 4;
+inline constexpr int64_t forward_keys = 384;
+
+// Backward: panels whose weights one product over rows takes together, and keys of a block: they fill half of a second-level
+// cache.
+inline constexpr int64_t gathered_panels = 4;
+inline constexpr int64_t backward_keys = 256;
+
+// A thread's working memory, handed out in whole cache lines: where each part begins, in accumulators.
+struct Layout {
+  int64_t end = 0;
+
+  int64_t take(int64_t count) {
+    const int64_t at = end;
+    end += rounded_up(count, 16);
+    return at;
+  }
+};
 
 // A pair of a call, with the lengths that it has.
 struct Pair {
@@ -236,6 +257,20 @@ inline A scale_of(const AttentionCall& call, int64_t head) {
   return call.head_scale ? static_cast<const A*>(call.head_scale)[head] : static_cast<A>(call.scale);
 }
 
+// What the scores of a query are multiplied by, over its norm where queries are normalised.
+template <class A, class T>
+inline A query_factor(const AttentionCall& call, int64_t head, const T* query) {
+  const A scale = scale_of<A>(call, head);
+  return call.normalise > 0 ? scale * size_of(inverse_norm<A>(query, call.dim, call.normalise)) : scale;
+}
+
+// The same of a panel's lanes; row(lane): a query.
+template <class A, class T, class F>
+inline void query_factors(const AttentionCall& call, const Panel<A>& panel, A* factors, const F& row) {
+  for (int64_t lane = 0; lane < lanes_of<A>; ++lane)
+    factors[lane] = lane < panel.count ? query_factor<A, T>(call, panel.head[lane], row(lane)) : A(0);
+}
+
 // A pair's keys and values as products read them, in `to_keys` and `to_values` where they do not lie so already: few rows do
 // not pay for a copy. `factors` [Lk], or null: the keys' inverse norms, where they are normalised.
 template <class A, class T>
@@ -269,10 +304,10 @@ inline bool rows_stream(const AttentionCall& call, const AttentionOperand& to, i
          rows_aligned<T>(data, to.batch);
 }
 
-// Equal blocks of `most_keys` keys at most: a call's scores are added up in an order that its Lk alone decides.
-inline int64_t equal_blocks(int64_t len_k, int64_t most_keys) {
+// Equal blocks of `most_keys` keys at most, of whole `unit`s: a call's scores are added up in an order that its Lk alone decides.
+inline int64_t equal_blocks(int64_t len_k, int64_t most_keys, int64_t unit) {
   const int64_t blocks = most((len_k + most_keys - 1) / most_keys, 1);
-  return most((len_k + blocks - 1) / blocks + 7, 8) / 8 * 8;
+  return rounded_up(most((len_k + blocks - 1) / blocks, 1), unit);
 }
 
 }  // namespace

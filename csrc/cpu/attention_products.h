@@ -35,6 +35,17 @@ inline void weigh_panel(const Staged<A>& values, int64_t begin, int64_t end, int
                                  channels);
 }
 
+// sums [channels][lanes] *= factors, one a lane
+template <class A, int vectors>
+inline void rescale_sums(int64_t channels, const typename Vec<A>::Register (&factors)[vectors], A* sums) {
+  using V = Vec<A>;
+  for (int64_t k = 0; k < channels; ++k)
+    for (int v = 0; v < vectors; ++v) {
+      A* at = sums + k * lanes_of<A> + v * V::width;
+      V::store(at, V::load(at) * factors[v]);
+    }
+}
+
 // to [keys][channels] (+)= weights^T [keys][rows] . rows [rows][channels], over panels of weights that lie `panel_stride`
 // apart. Channels are padded to whole vectors in `rows` and in `to`.
 template <class A>

@@ -5,7 +5,6 @@
 #include "../common/matrix.h"
 #include "attention_operands.h"
 #include "core/cache.h"
-#include "core/tier.h"
 #include "core/trace.h"
 
 namespace mmk {
@@ -272,14 +271,14 @@ std::tuple<Tensor, Tensor> window_attention(Tensor qkv, MaybeTensor rel_bias_tab
   Tensor out = new_tokens(qkv, problem.channels);
   Tensor lse = new_tensor(qkv, {call.batch, num_heads, problem.window_tokens}, sums_dtype(qkv));
   const int dtype = dtype_index(qkv);
-  const auto tier = tier_for(attention_kernels_tiers, dtype == 3);
-  trace("window_attention", tier.name);
+  const AttentionChoice choice = choose_attention(call, static_cast<Number>(dtype));
+  const AttentionKernels& kernels = *choice.kernels;
+  trace("window_attention", choice.name);
   if (lse.numel() == 0) return {out, lse};
   call.out = problem.output(out);
   call.lse = lse.mutable_data_ptr();
   const std::int64_t items = cut_into_items(call, call.bias.data != nullptr);
   call.stream = exceeds_cache(static_cast<std::int64_t>((qkv.numel() + out.numel()) * qkv.element_size()));
-  const AttentionKernels& kernels = tier.kernels->kernels[dtype];
   run_attention(items, attention_work(call.block_rows, call.len_k, 2 * call.dim), kernels.forward_bytes(call),
                 [&](std::int64_t begin, std::int64_t end, void* scratch) { kernels.forward(call, begin, end, scratch); });
   return {out, lse};
@@ -356,8 +355,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> window_attention_backward(
   Tensor grad_qkv = new_tokens(qkv, 3 * problem.channels);
   Tensor grad_table = small(need_table, rel_bias_table), grad_pad = small(need_pad, pad_value);
   Tensor grad_scale = small(need_scale, head_scale);
-  const auto tier = tier_for(attention_kernels_tiers, is_double);
-  trace("window_attention_backward", tier.name);
+  const AttentionChoice choice = choose_attention(call, static_cast<Number>(dtype));
+  const AttentionKernels& kernels = *choice.kernels;
+  trace("window_attention_backward", choice.name);
 
   call.out = problem.output(out);
   call.lse = const_cast<void*>(lse.const_data_ptr());
@@ -394,7 +394,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> window_attention_backward(
     scales.assign(static_cast<std::size_t>(call.batch * num_heads), 0.0);
     back.grad_scale = scales.data();
   }
-  const AttentionKernels& kernels = tier.kernels->kernels[dtype];
   if (tasks > 0)
     run_attention(tasks, 2 * attention_work(call.len_q, call.len_k, 2 * call.dim), kernels.backward_bytes(back),
                   [&](std::int64_t begin, std::int64_t end, void* scratch) { kernels.backward(back, begin, end, scratch); });

@@ -4,6 +4,8 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <cstdlib>
+#include <memory>
 #include <stdexcept>
 #include <string>
 
@@ -91,6 +93,21 @@ PYBIND11_MODULE(mmkernels_blocks, module) {
     Floats out(c.size());
     std::copy(c.data(), c.data() + c.size(), out.mutable_data());
     mmk::amx::tile_product(a.data(), b_pairs.data(), out.mutable_data());
+    return out;
+  });
+  // `c` is [rows up to the next 32][columns up to the next 32], and comes back with the product added, or in its place.
+  module.def("amx_panel_product", [](const Bits& a, const Bits& b, bool a_columns, bool b_columns, std::int64_t rows,
+                                     std::int64_t cols, const Floats& c, bool accumulate) {
+    if (!mmk::amx::usable()) throw std::invalid_argument("this processor does not offer amx");
+    const std::int64_t depth = a.size() / rows, c_row = (cols + 31) / 32 * 32;
+    if (b.size() != depth * cols || c.size() != (rows + 31) / 32 * 32 * c_row) throw std::invalid_argument("sizes do not fit");
+    Floats out(c.size());
+    std::copy(c.data(), c.data() + c.size(), out.mutable_data());
+    const std::size_t bytes = static_cast<std::size_t>(mmk::amx::floats_for_tiles(rows, cols, depth)) * sizeof(float);
+    const std::unique_ptr<void, void (*)(void*)> memory(std::aligned_alloc(64, bytes), std::free);
+    mmk::amx::multiply_in_tiles(reinterpret_cast<const mmk::bfloat16*>(a.data()), reinterpret_cast<const mmk::bfloat16*>(b.data()),
+                                a_columns, b_columns, rows, cols, depth, static_cast<float*>(memory.get()), out.mutable_data(),
+                                c_row, accumulate);
     return out;
   });
 #endif

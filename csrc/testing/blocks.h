@@ -33,6 +33,16 @@ struct MathBlocks {
   MathBlock functions[4 + 2 * activation_count];
 };
 
+#if MMK_X86_TIERS
+namespace amx {
+// c [rows][cols], rows `c_row` apart, (+)= a b. a is [rows][depth], or with `a_columns` [depth][rows]; b is [cols][depth], or with
+// `b_columns` [depth][cols]. c is there for rows and columns up to the next 32; `memory` has floats_for_tiles, in cache lines.
+void multiply_in_tiles(const bfloat16* a, const bfloat16* b, bool a_columns, bool b_columns, int64_t rows, int64_t cols,
+                       int64_t depth, float* memory, float* c, int64_t c_row, bool accumulate);
+int64_t floats_for_tiles(int64_t rows, int64_t cols, int64_t depth);
+}  // namespace amx
+#endif
+
 MMK_TIERS(VecBlocks, vec_blocks)
 MMK_TIERS(MathBlocks, math_blocks)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from mmkernels import runtime
 from mmkernels.ops import backends
 from mmkernels.ops.checks import INT64_MAX, check_float, check_gradient, check_tensor
 from mmkernels.ops.route import (
@@ -244,8 +246,24 @@ def _triton_reason(arguments: backends.Arguments) -> str | None:
     return None if channels <= 256 else f"q or v has {channels} channels; the Triton kernels take 256"
 
 
+def tiles_tier(x: Tensor, pairs: Iterable[tuple[int, int]], dim: int, value_dim: int) -> str | None:
+    """ "amx" where matrix tiles take one of the `pairs` of rows and keys: the rule is the compiled library's own."""
+    if runtime.isa() != "amx" or (autocast_dtype(x) or x.dtype) != torch.bfloat16:
+        return None
+    taken = any(runtime.library.mmk_attention_tiles_pay(rows, keys, dim, value_dim) for rows, keys in pairs)
+    return "amx" if taken else None
+
+
+def _tier(arguments: backends.Arguments) -> str | None:
+    q, k, cu_q, cu_k = (arguments[name] for name in ("q", "k", "cu_seqlens_q", "cu_seqlens_k"))
+    group = q.size(1) // k.size(1)
+    lengths = [(q.size(2), k.size(2))] if cu_q is None else zip(cu_q.diff().tolist(), cu_k.diff().tolist(), strict=True)
+    pairs = ((group * len_q, len_k) for len_q, len_k in lengths)
+    return tiles_tier(q, pairs, q.size(-1), arguments["v"].size(-1))
+
+
 BACKENDS = (
-    backends.cpu(backends.VECTOR_TIERS, primary="q"),
+    backends.cpu(backends.VECTOR_TIERS, primary="q", tier_of=_tier),
     backends.triton(backends.HALF_AND_SINGLE, primary="q", extra=_triton_reason),
     backends.REFERENCE,
 )

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from mmkernels.ops import backends
+from mmkernels.ops.attention import tiles_tier
 from mmkernels.ops.checks import check_float, check_gradient, check_int, check_matrix, check_parameter, check_rows
 from mmkernels.ops.route import (
     autocast_dtype,
@@ -161,8 +162,14 @@ _window_attention_backward_op = define(
     _fake_window_attention_backward,
 )
 
+
+def _tier(arguments: backends.Arguments) -> str | None:
+    tokens, dim = math.prod(arguments["window"]), arguments["qkv"].size(-1) // (3 * arguments["num_heads"])
+    return tiles_tier(arguments["qkv"], [(tokens, tokens)], dim, dim)
+
+
 # There are no Triton kernels of this family yet: on a GPU it runs, and says so, on the reference.
-BACKENDS = (backends.cpu(backends.VECTOR_TIERS, primary="qkv"), backends.REFERENCE)
+BACKENDS = (backends.cpu(backends.VECTOR_TIERS, primary="qkv", tier_of=_tier), backends.REFERENCE)
 
 implement(
     _window_attention_op,

@@ -17,6 +17,7 @@ void tile_product(const unsigned short* a, const unsigned short* b_pairs, float*
     config.column_bytes[tile] = 64;
     config.rows[tile] = 16;
   }
+  __asm__ volatile("" ::"r"(&config) : "memory");  // the intrinsic tells the compiler of its first bytes alone
   _tile_loadconfig(&config);
   _tile_loadd(0, c, 64);
   _tile_loadd(1, a, 64);
