@@ -13,6 +13,7 @@ from types import ModuleType
 from mmkernels.inspection import explain, info
 from mmkernels.ops.attention import attention
 from mmkernels.ops.linear import linear, mlp
+from mmkernels.ops.linear_attention import linear_attention
 from mmkernels.ops.norm import add_layer_norm, add_rms_norm, layer_norm, modulate, rms_norm
 from mmkernels.ops.packed_linear import PackedLinear, pack_linear
 from mmkernels.ops.qk_norm_rope import qk_norm_rope
@@ -34,6 +35,7 @@ __all__ = [
     "last_kernels",
     "layer_norm",
     "linear",
+    "linear_attention",
     "mlp",
     "modulate",
     "pack_linear",

@@ -21,7 +21,8 @@ def draw(sample: Sample, dtype: torch.dtype, device: torch.device = CPU) -> Call
 
 
 def as_tuple(value: Any) -> tuple[Any, ...]:
-    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    """Outputs side by side, those in tuples too."""
+    return tuple(part for item in value for part in as_tuple(item)) if isinstance(value, (tuple, list)) else (value,)
 
 
 def to_double(call: Call) -> Call:

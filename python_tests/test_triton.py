@@ -23,7 +23,7 @@ from mmkernels.cards import all_cards
 
 MODULES = {module.name for module in pkgutil.iter_modules(mmkernels.triton.__path__)}
 FAMILIES = sorted(name for name in MODULES if not any(name.startswith(f"{other}_") for other in MODULES))
-OWN_GATE = {"attention"}  # whose tiles differ by the make of the GPU: test_triton_attention.py compiles them
+OWN_GATE = {"attention", "linear_attention"}  # what they launch is compiled in test_triton_<family>.py
 FLOATS = ("*fp32", "*bf16", "*fp16")
 
 # Target -> shared memory that one block may have, in bytes (CUDA programming guide; CDNA 3 ISA: 64 KiB LDS).

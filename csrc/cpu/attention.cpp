@@ -12,27 +12,6 @@ constexpr std::int64_t longest = std::int64_t{1} << 40;  // lengths and windows;
 
 Number number_of(const Tensor& tensor) { return static_cast<Number>(dtype_index(tensor)); }
 
-bool is_index(const Tensor& tensor) {
-  return tensor.scalar_type() == ScalarType::Int || tensor.scalar_type() == ScalarType::Long;
-}
-
-// A tensor of integers of one or two dimensions as contiguous int64.
-std::vector<std::int64_t> integers_of(const Tensor& tensor) {
-  const std::int64_t rows = tensor.dim() == 2 ? tensor.size(0) : 1, cols = tensor.size(tensor.dim() - 1);
-  const std::int64_t row = tensor.dim() == 2 ? tensor.stride(0) : 0, col = tensor.stride(tensor.dim() - 1);
-  std::vector<std::int64_t> result(static_cast<std::size_t>(rows * cols) + 1);  // never empty: null means none
-  const auto read = [&](const auto* from) {
-    for (std::int64_t i = 0; i < rows; ++i)
-      for (std::int64_t j = 0; j < cols; ++j) result[static_cast<std::size_t>(i * cols + j)] = from[i * row + j * col];
-  };
-  if (tensor.scalar_type() == ScalarType::Int) {
-    read(static_cast<const std::int32_t*>(tensor.const_data_ptr()));
-  } else {
-    read(static_cast<const std::int64_t*>(tensor.const_data_ptr()));
-  }
-  return result;
-}
-
 // The arguments of a call, checked, and the call made of them.
 class Problem {
  public:
@@ -126,24 +105,6 @@ class Problem {
     const std::int64_t last = x.dim() - 1;
     check(x.size(last) <= 1 || x.stride(last) == 1 || x.numel() == 0, name, "the last dimension must be contiguous, got stride ",
           x.stride(last));
-  }
-
-  // Answers the number of sequences; `longest_one` tokens come in and the length of the longest goes out.
-  static std::int64_t read_lengths(const Tensor& cu, const char* name, const Tensor& q, std::vector<std::int64_t>& to,
-                                   std::int64_t& longest_one) {
-    check(on_one_device(cu, q), name, "expected the device of q");
-    check(is_index(cu) && cu.dim() == 1 && cu.size(0) >= 1, name, "expected int32 or int64 [B + 1]");
-    to = integers_of(cu);
-    const std::size_t batch = static_cast<std::size_t>(cu.size(0) - 1);
-    check(to[0] == 0, name, "expected to begin with 0, got ", to[0]);
-    std::int64_t most = 0;
-    for (std::size_t i = 0; i < batch; ++i) {
-      check(to[i + 1] >= to[i], name, "expected to ascend, got ", to[i], " before ", to[i + 1]);
-      most = std::max(most, to[i + 1] - to[i]);
-    }
-    check(to[batch] == longest_one, name, "expected to end with the number of tokens, ", longest_one, ", got ", to[batch]);
-    longest_one = most;
-    return static_cast<std::int64_t>(batch);
   }
 
   AttentionScores scores(const MaybeTensor& x, const char* name, const Tensor& q) const {

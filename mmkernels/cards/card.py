@@ -26,15 +26,19 @@ class Call:
         return function(*self.args, **self.kwargs)
 
     def map_tensors(self, change: Callable[[Tensor], Tensor]) -> Call:
-        """The same call with every tensor replaced by `change(tensor)`."""
+        """The same call with every tensor replaced by `change(tensor)`, those in tuples too."""
 
         def changed(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(changed(v) for v in value)
             return change(value) if isinstance(value, Tensor) else value
 
-        return Call(tuple(changed(v) for v in self.args), {k: changed(v) for k, v in self.kwargs.items()})
+        return Call(changed(self.args), {k: changed(v) for k, v in self.kwargs.items()})
 
     def tensors(self) -> list[Tensor]:
-        return [v for v in (*self.args, *self.kwargs.values()) if isinstance(v, Tensor)]
+        found: list[Tensor] = []
+        self.map_tensors(lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
+        return found
 
 
 # Draws a call: its tensors on the CPU, from the generator, then moved.

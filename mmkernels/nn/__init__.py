@@ -3,6 +3,7 @@
 from mmkernels.nn.activator import ActivatorBlock
 from mmkernels.nn.attention import CrossAttention, MultiheadAttention
 from mmkernels.nn.linear import Linear
+from mmkernels.nn.linear_attention import LinearAttention
 from mmkernels.nn.mlp import GluMlp, Mlp
 from mmkernels.nn.norm import LayerNorm, RMSNorm
 from mmkernels.nn.packed import repack
@@ -15,6 +16,7 @@ __all__ = [
     "GluMlp",
     "LayerNorm",
     "Linear",
+    "LinearAttention",
     "Mlp",
     "MultiheadAttention",
     "RMSNorm",

@@ -28,7 +28,7 @@ INDEX_DTYPES = (torch.int32, torch.int64)
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------
-def _check_operand(value: Any, name: str, shape: str, q: Tensor) -> None:
+def check_operand(value: Any, name: str, shape: str, q: Tensor) -> None:
     check_tensor(value, name, shape, DTYPES)
     if value.dtype != q.dtype:
         raise TypeError(f"{name}: expected the dtype of q, {q.dtype}, got {value.dtype}")
@@ -40,7 +40,7 @@ def _check_device(value: Tensor, name: str, q: Tensor) -> None:
         raise ValueError(f"{name}: expected the device of q, {q.device}, got {value.device}")
 
 
-def _check_plain(value: Any, name: str, dtypes: tuple[torch.dtype, ...], q: Tensor) -> None:
+def check_plain(value: Any, name: str, dtypes: tuple[torch.dtype, ...], q: Tensor) -> None:
     """A dense tensor beside q, of one of `dtypes`, whatever its strides."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor or None, got {type(value).__name__}")
@@ -56,9 +56,42 @@ def _sizes(q: Tensor, k: Tensor, packed: bool) -> tuple[Any, Any, Any, Any]:
     return (q.size(1), k.size(1), q.size(0), k.size(0)) if packed else (q.size(1), k.size(1), q.size(2), k.size(2))
 
 
+def check_heads(q: Any, k: Any, v: Any, packed: bool) -> None:
+    """Operands of heads that fit each other: [B, H, L, D], or packed [T, H, D]."""
+    shape = "[T, H, D]" if packed else "[B, H, L, D]"
+    check_tensor(q, "q", shape, DTYPES)
+    check_operand(k, "k", shape, q)
+    check_operand(v, "v", shape, q)
+    if not packed and k.size(0) != q.size(0):
+        raise ValueError(f"k: expected the batch of q, {q.size(0)}, got {k.size(0)}")
+    if k.size(-1) != q.size(-1):
+        raise ValueError(f"k: expected the channels of q, {q.size(-1)}, got {k.size(-1)}")
+    if q.size(-1) == 0:
+        raise ValueError("q: expected at least one channel, got none")
+    if v.shape[:-1] != k.shape[:-1]:
+        raise ValueError(f"v: expected k's shape but for the last dimension, {tuple(k.shape)}, got {tuple(v.shape)}")
+    heads, kv_heads, _, _ = _sizes(q, k, packed)
+    if kv_heads == 0 or heads % kv_heads != 0:
+        raise ValueError(f"k: expected heads that divide q's {heads}, got {kv_heads}")
+
+
+def check_cu_seqlens(cu_seqlens_q: Any, cu_seqlens_k: Any, q: Tensor) -> None:
+    """Both there, of one length, integers beside q. What they hold is checked where it is read."""
+    for cu, name in ((cu_seqlens_q, "cu_seqlens_q"), (cu_seqlens_k, "cu_seqlens_k")):
+        if cu is None:
+            raise ValueError(f"{name}: expected with the other cu_seqlens, or neither; got None")
+        check_plain(cu, name, INDEX_DTYPES, q)
+        if cu.dim() != 1 or cu.size(0) < 1:
+            raise ValueError(f"{name}: expected [B + 1], got shape {tuple(cu.shape)}")
+    if cu_seqlens_k.size(0) != cu_seqlens_q.size(0):
+        raise ValueError(
+            f"cu_seqlens_k: expected as many as cu_seqlens_q, {cu_seqlens_q.size(0)}, got {cu_seqlens_k.size(0)}"
+        )
+
+
 def _check_scores(value: Any, name: str, dtypes: tuple[torch.dtype, ...], q: Tensor, k: Tensor, cu: Tensor | None) -> None:
     """Broadcastable to [B, H, Lq, Lk]; of packed sequences the last two are those of the longest, or longer."""
-    _check_plain(value, name, dtypes, q)
+    check_plain(value, name, dtypes, q)
     if value.dim() > 4:
         raise ValueError(f"{name}: expected at most the 4 dimensions of [B, H, Lq, Lk], got shape {tuple(value.shape)}")
     batch = q.size(0) if cu is None else cu.size(0) - 1
@@ -72,7 +105,7 @@ def _check_scores(value: Any, name: str, dtypes: tuple[torch.dtype, ...], q: Ten
 
 def _check_rows_of(value: Any, name: str, length: Any, q: Tensor, packed: bool) -> None:
     """One integer a token: [B or 1, L], of packed sequences [T]."""
-    _check_plain(value, name, INDEX_DTYPES, q)
+    check_plain(value, name, INDEX_DTYPES, q)
     if packed:
         if value.dim() != 1 or value.size(0) != length:
             raise ValueError(f"{name}: expected one a packed token, shape ({length},), got {tuple(value.shape)}")
@@ -103,32 +136,10 @@ def _check_attention(
     max_seqlen_k: Any,
 ) -> None:
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
-    shape = "[T, H, D]" if packed else "[B, H, L, D]"
-    check_tensor(q, "q", shape, DTYPES)
-    _check_operand(k, "k", shape, q)
-    _check_operand(v, "v", shape, q)
-    if not packed and k.size(0) != q.size(0):
-        raise ValueError(f"k: expected the batch of q, {q.size(0)}, got {k.size(0)}")
-    if k.size(-1) != q.size(-1):
-        raise ValueError(f"k: expected the channels of q, {q.size(-1)}, got {k.size(-1)}")
-    if q.size(-1) == 0:
-        raise ValueError("q: expected at least one channel, got none")
-    if v.shape[:-1] != k.shape[:-1]:
-        raise ValueError(f"v: expected k's shape but for the last dimension, {tuple(k.shape)}, got {tuple(v.shape)}")
-    heads, kv_heads, len_q, len_k = _sizes(q, k, packed)
-    if kv_heads == 0 or heads % kv_heads != 0:
-        raise ValueError(f"k: expected heads that divide q's {heads}, got {kv_heads}")
+    check_heads(q, k, v, packed)
+    _, _, len_q, len_k = _sizes(q, k, packed)
     if packed:
-        for cu, name in ((cu_seqlens_q, "cu_seqlens_q"), (cu_seqlens_k, "cu_seqlens_k")):
-            if cu is None:
-                raise ValueError(f"{name}: expected with the other cu_seqlens, or neither; got None")
-            _check_plain(cu, name, INDEX_DTYPES, q)
-            if cu.dim() != 1 or cu.size(0) < 1:
-                raise ValueError(f"{name}: expected [B + 1], got shape {tuple(cu.shape)}")
-        if cu_seqlens_k.size(0) != cu_seqlens_q.size(0):
-            raise ValueError(
-                f"cu_seqlens_k: expected as many as cu_seqlens_q, {cu_seqlens_q.size(0)}, got {cu_seqlens_k.size(0)}"
-            )
+        check_cu_seqlens(cu_seqlens_q, cu_seqlens_k, q)
     wide = (q.dtype, torch.float32) if q.dtype != torch.float64 else (torch.float64,)
     if bias is not None:
         _check_scores(bias, "bias", wide, q, k, cu_seqlens_q)
@@ -143,7 +154,7 @@ def _check_attention(
         _check_rows_of(segment_ids_q, "segment_ids_q", len_q, q, packed)
         _check_rows_of(segment_ids_k, "segment_ids_k", len_k, q, packed)
     if value_gate is not None:
-        _check_plain(value_gate, "value_gate", wide, q)
+        check_plain(value_gate, "value_gate", wide, q)
         if value_gate.shape != v.shape[:-1]:
             raise ValueError(
                 f"value_gate: expected one a key and head, {tuple(v.shape[:-1])}, got {tuple(value_gate.shape)}"
@@ -156,7 +167,7 @@ def _check_attention(
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p: expected a probability in [0, 1), got {dropout_p}")
     if seed is not None:
-        _check_plain(seed, "seed", (torch.int64,), q)
+        check_plain(seed, "seed", (torch.int64,), q)
         if seed.numel() != 1:
             raise ValueError(f"seed: expected one number, got shape {tuple(seed.shape)}")
     elif dropout_p > 0:
@@ -186,7 +197,7 @@ def _check_attention_backward(
         q, k, v, bias, mask, limits, segment_ids_q, segment_ids_k, cu_seqlens_q, cu_seqlens_k, value_gate, seed, *rest[:8]
     )
     for value, name in ((grad_out, "grad_out"), (out, "out")):
-        _check_operand(value, name, "[T, H, D]" if cu_seqlens_q is not None else "[B, H, L, D]", q)
+        check_operand(value, name, "[T, H, D]" if cu_seqlens_q is not None else "[B, H, L, D]", q)
         if value.shape != (*q.shape[:-1], v.size(-1)):
             raise ValueError(f"{name}: expected {(*q.shape[:-1], v.size(-1))}, got {tuple(value.shape)}")
     check_gradient(grad_lse, "grad_lse", q.shape[:-1], (stats_dtype(q),), q)
@@ -362,7 +373,7 @@ def _window(window_size: Any, is_causal: bool) -> tuple[Any, Any]:
     return left, 0 if is_causal else right
 
 
-def _max_seqlen(value: Any, name: str, cu_seqlens: Any, q: Any) -> Any:
+def max_seqlen_of(value: Any, name: str, cu_seqlens: Any, q: Any) -> Any:
     if value is None:
         if not isinstance(cu_seqlens, Tensor) or cu_seqlens.is_cpu or cu_seqlens.dim() != 1 or cu_seqlens.size(0) < 2:
             return 0  # the CPU kernels read the lengths themselves
@@ -390,7 +401,7 @@ def _seed_tensor(seed: Any, dropout_p: Any, q: Any) -> Tensor | None:
     return torch.full((1,), seed, dtype=torch.int64, device=q.device)
 
 
-def _cast(q: Any, k: Any, v: Any) -> tuple[Any, Any, Any]:
+def cast_heads(q: Any, k: Any, v: Any) -> tuple[Any, Any, Any]:
     dtype = autocast_dtype(q) if isinstance(q, Tensor) else None
     if dtype is None:
         return q, k, v
@@ -483,7 +494,7 @@ def attention(
     if causal_alignment not in ("top_left", "bottom_right"):
         raise ValueError(f"causal_alignment: expected 'top_left' or 'bottom_right', got {causal_alignment!r}")
     left, right = _window(window_size, is_causal)
-    q, k, v = _cast(q, k, v)
+    q, k, v = cast_heads(q, k, v)
     if isinstance(softcap, (int, float)) and softcap <= 0:
         raise ValueError(f"softcap: expected a positive number or None, got {softcap}")
     if scale is None and isinstance(q, Tensor) and q.dim() > 0:
@@ -507,7 +518,7 @@ def attention(
         left,
         right,
         causal_alignment == "bottom_right",
-        0 if cu_seqlens_q is None else _max_seqlen(max_seqlen_q, "max_seqlen_q", cu_seqlens_q, q),
-        0 if cu_seqlens_k is None else _max_seqlen(max_seqlen_k, "max_seqlen_k", cu_seqlens_k, q),
+        0 if cu_seqlens_q is None else max_seqlen_of(max_seqlen_q, "max_seqlen_q", cu_seqlens_q, q),
+        0 if cu_seqlens_k is None else max_seqlen_of(max_seqlen_k, "max_seqlen_k", cu_seqlens_k, q),
     )
     return (out, lse) if return_lse else out

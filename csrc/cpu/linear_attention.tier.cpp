@@ -1,0 +1,122 @@
+// Linear attention, forward: sums over keys, what queries make of them, and both in turn for causal attention.
+#include "linear_attention_parts.h"
+
+namespace mmk::MMK_TIER {
+namespace {
+
+template <class A, class T>
+void sums(const LinearAttentionCall& call, int64_t begin, int64_t end, void* scratch) {
+  for (int64_t item = begin; item < end; ++item) {
+    const Sequence sequence(call, item / call.segments);
+    const Range range = Range::segment(call, sequence.len_k, item % call.segments);
+    Buffers<A> buffers(scratch);
+    const State<A> state(call, buffers);
+    if (call.segments == 1) {
+      const StateAt<A> first = StateAt<A>::pair(call, call.first_s, call.first_z, sequence.pair);
+      state.load(call, first.s, first.z);
+    }
+    Keys<A, T> keys(call, buffers, false, false);
+    const A* shift = key_shift<A, T>(call, sequence, buffers);
+    for (int64_t j = range.begin; j < range.end; j += chunk_rows) {
+      const int64_t count = least(chunk_rows, range.end - j);
+      keys.load(call, sequence, j, count, shift);
+      keys.add_to(call, count, state);
+    }
+    const StateAt<A> to = call.segments == 1 ? StateAt<A>::pair(call, call.final_s, call.final_z, sequence.pair)
+                                             : StateAt<A>::segment(call, call.partial, item);
+    state.store(call, to.s, to.z);
+  }
+}
+
+template <class A, class T>
+void queries(const LinearAttentionCall& call, int64_t begin, int64_t end, void* scratch) {
+  const Shape<A> shape(call);
+  const int64_t blocks = linear_attention_blocks(call.len_q), group = call.heads / call.kv_heads;
+  const bool stream = rows_stream<T>(call, call.out, call.value_dim);
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t head = item / blocks % call.heads;
+    const Sequence sequence(call, item / blocks / call.heads * call.kv_heads + head / group);
+    const Range range = Range::block(sequence.len_q, item % blocks);
+    if (range.begin == range.end) continue;
+    Buffers<A> buffers(scratch);
+    const State<A> state(call, buffers);
+    const StateAt<A> from = StateAt<A>::pair(call, call.final_s, call.final_z, sequence.pair);
+    state.load(call, from.s, from.z);
+    const Totals<A> totals(call, state, buffers);
+    A* features = buffers.rows(query_rows, call.dim);
+    A* results = buffers.take(query_rows * shape.value_dim);
+    for (int64_t i = range.begin; i < range.end; i += query_rows) {
+      const int64_t count = least(query_rows, range.end - i);
+      query_features<A, T>(call, sequence, head, i, count, features);
+      for (int64_t r = 0; r < count; ++r) {
+        A* row = features + r * shape.dim;
+        if (totals.divides) scale_row(row, shape.dim, totals.inverse(dot(row, totals.z, shape.dim)));
+      }
+      by_rows<A>({features, shape.dim}, state.rows(call), call.dim, count, shape.value_dim, false, results, shape.value_dim);
+      for (int64_t r = 0; r < count; ++r)
+        store_row(results + r * shape.value_dim, call.value_dim, stream, sequence.query<T>(call.out, head, i + r));
+    }
+  }
+  if (stream) stream_fence();
+}
+
+template <class A, class T>
+void causal(const LinearAttentionCall& call, int64_t begin, int64_t end, void* scratch) {
+  const Shape<A> shape(call);
+  const int64_t group = call.heads / call.kv_heads;
+  const bool stream = rows_stream<T>(call, call.out, call.value_dim);
+  for (int64_t item = begin; item < end; ++item) {
+    const Sequence sequence(call, item / call.segments);
+    const Range range = Range::segment(call, sequence.len_k, item % call.segments);
+    Buffers<A> buffers(scratch);
+    const State<A> state(call, buffers);
+    const StateAt<A> from = call.segments == 1 ? StateAt<A>::pair(call, call.first_s, call.first_z, sequence.pair)
+                                               : StateAt<A>::segment(call, call.partial, item);
+    state.load(call, from.s, from.z);
+    const Totals<A> totals(call, state, buffers);
+    Keys<A, T> keys(call, buffers, true, false);
+    A* features = buffers.rows(chunk_rows, call.dim);
+    A* results = buffers.take(chunk_rows * shape.value_dim);
+    A* scores = buffers.take(chunk_rows * chunk_rows);
+    for (int64_t i = range.begin; i < range.end; i += chunk_rows) {
+      const int64_t count = least(chunk_rows, range.end - i);
+      keys.load(call, sequence, i, count, nullptr);
+      for (int64_t head = sequence.h * group; head < (sequence.h + 1) * group; ++head) {
+        query_features<A, T>(call, sequence, head, i, count, features);
+        triangle_scores<A>({features, shape.dim}, keys.features_across, call.dim, count, scores);
+        for (int64_t r = 0; totals.divides && r < count; ++r) {
+          A* row = features + r * shape.dim;
+          A* seen = scores + r * chunk_rows;
+          const A inverse = totals.inverse(dot(row, totals.z, shape.dim) + row_sum(seen, padded<A>(r + 1)));
+          scale_row(row, shape.dim, inverse);
+          scale_row(seen, padded<A>(r + 1), inverse);
+        }
+        by_rows<A>({features, shape.dim}, state.rows(call), call.dim, count, shape.value_dim, false, results, shape.value_dim);
+        add_seen<A>(scores, keys.values, count, shape.value_dim, results, shape.value_dim);
+        for (int64_t r = 0; r < count; ++r)
+          store_row(results + r * shape.value_dim, call.value_dim, stream, sequence.query<T>(call.out, head, i + r));
+      }
+      keys.add_to(call, count, state);
+    }
+    if (call.segments == 1) {
+      const StateAt<A> to = StateAt<A>::pair(call, call.final_s, call.final_z, sequence.pair);
+      state.store(call, to.s, to.z);
+    }
+  }
+  if (stream) stream_fence();
+}
+
+}  // namespace
+
+const LinearAttentionTier linear_attention_kernels = {{
+    {sums<float, float>, queries<float, float>, causal<float, float>},
+    {sums<float, bfloat16>, queries<float, bfloat16>, causal<float, bfloat16>},
+    {sums<float, float16>, queries<float, float16>, causal<float, float16>},
+#if MMK_TIER_ID(MMK_TIER) == MMK_TIER_IS_generic
+    {sums<double, double>, queries<double, double>, causal<double, double>},
+#else
+    {},
+#endif
+}};
+
+}  // namespace mmk::MMK_TIER

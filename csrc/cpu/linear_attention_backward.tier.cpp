@@ -1,0 +1,311 @@
+// Linear attention, backward. With S and z the state that query i sees, t_i its total (eps included) and u_i = grad_i / t_i:
+//   c_i = -(phi_i . S u_i) / t_i                   the gradient of t_i
+//   dphi(q_i) = S u_i + c_i z
+//   dS = sum_i phi(q_i) u_i^T ,  dz = sum_i c_i phi(q_i)        over the queries that see a key
+//   dphi(k_j) = dS v_j + dz ,  dv_j = dS^T phi(k_j)
+// Without a division t_i = 1 and c_i = 0. Causal attention goes through the chunks twice: forward with the state, for queries;
+// backward with its gradient, for keys. Within a chunk, with scores P = tril(phi(q) phi(k)^T):
+//   dP = tril(u v^T + c) ,  dphi(q) += dP phi(k) ,  dphi(k) += dP^T phi(q) ,  dv += P^T u
+#include "linear_attention_parts.h"
+
+namespace mmk::MMK_TIER {
+namespace {
+
+// The inverse totals of a head's queries and their gradients, which the pass over the queries leaves to the pass over the keys.
+template <class A>
+struct TotalsAt {
+  A* inverse;
+  A* gradient;
+
+  TotalsAt(const LinearAttentionBackward& back, const Sequence& sequence, int64_t head) {
+    A* from = static_cast<A*>(back.totals) + sequence.b * back.totals_batch + head * back.totals_head;
+    inverse = from + sequence.first_q;
+    gradient = inverse + back.totals_part;
+  }
+};
+
+template <class A>
+inline void multiply_add_row(const A* x, A factor, const A* y, A weight, int64_t count, A* to) {
+  using V = Vec<A>;
+  for (int64_t i = 0; i < count; i += V::width)
+    V::store(to + i, V::fma(V::load(x + i), V::set(factor), V::load(y + i) * V::set(weight)));
+}
+
+// The gradient of the state, made of S alone: its rows are there, its transpose is wanted.
+template <class A>
+inline void transpose_state(const LinearAttentionCall& call, const State<A>& state, A* across) {
+  transpose_rows<A>(state.rows(call), call.dim, call.value_dim, across, padded<A>(call.dim));
+}
+
+template <class A, class T>
+void queries(const LinearAttentionBackward& back, int64_t begin, int64_t end, void* scratch) {
+  const LinearAttentionCall& call = back.call;
+  const Shape<A> shape(call);
+  const int64_t group = call.heads / call.kv_heads;
+  for (int64_t item = begin; item < end; ++item) {
+    const Sequence sequence(call, item / call.segments);
+    const Range range = Range::segment(call, sequence.len_q, item % call.segments);
+    Buffers<A> buffers(scratch);
+    const State<A> state(call, buffers), gradient(call, buffers);
+    const StateAt<A> from = StateAt<A>::pair(call, call.final_s, call.final_z, sequence.pair);
+    state.load(call, from.s, from.z);
+    const Totals<A> totals(call, state, buffers);
+    A* across = buffers.take(call.value_dim * shape.dim);
+    transpose_state(call, state, across);
+    if (call.segments == 1) {
+      const StateAt<A> upstream = StateAt<A>::pair(call, back.upstream_s, back.upstream_z, sequence.pair);
+      gradient.load(call, upstream.s, upstream.z);
+    }
+    A* features = buffers.rows(query_rows, call.dim);
+    A* copied = buffers.rows(query_rows, call.value_dim);
+    A* results = buffers.take(query_rows * shape.dim);
+    A of_totals[query_rows];
+    for (int64_t head = sequence.h * group; head < (sequence.h + 1) * group; ++head)
+      for (int64_t i = range.begin; i < range.end; i += query_rows) {
+        const int64_t count = least(query_rows, range.end - i);
+        query_features<A, T>(call, sequence, head, i, count, features);
+        const Staged<A> upstream =
+            stage<A, T>(sequence.query<T>(back.grad_out, head, i), back.grad_out.row, count, call.value_dim, copied);
+        by_rows<A>(upstream, {across, shape.dim}, call.value_dim, count, shape.dim, false, results, shape.dim);
+        for (int64_t r = 0; r < count; ++r) {
+          A* row = features + r * shape.dim;
+          A* result = results + r * shape.dim;
+          of_totals[r] = A(0);
+          if (totals.divides) {
+            const A inverse = totals.inverse(dot(row, totals.z, shape.dim));
+            of_totals[r] = -dot(row, result, shape.dim) * inverse;  // times the total: so the rows below are scaled
+            multiply_add_row(result, inverse, totals.z, of_totals[r] * inverse, shape.dim, result);
+            store_gradient(call.feature_map, result, row, call.dim, sequence.query<T>(back.grad_q, head, i + r));
+            scale_row(row, shape.dim, inverse);
+          } else {
+            store_gradient(call.feature_map, result, row, call.dim, sequence.query<T>(back.grad_q, head, i + r));
+          }
+        }
+        if (totals.divides) add_columns<A>(features, shape.dim, count, of_totals, gradient.z);
+        by_cols<A>({features, shape.dim}, upstream, count, call.dim, shape.value_dim, gradient.s, shape.value_dim);
+      }
+    const StateAt<A> to = call.segments == 1 ? StateAt<A>::pair(call, back.grad_s, back.grad_z, sequence.pair)
+                                             : StateAt<A>::segment(call, back.partial, item);
+    gradient.store(call, to.s, to.z);
+  }
+}
+
+// Stores the gradients of the keys of a chunk. Keys that do not count have none.
+template <class A, class T>
+inline void store_keys(const LinearAttentionBackward& back, const Sequence& sequence, int64_t j, int64_t count, const A* of_keys,
+                       const A* features, const A* of_values) {
+  const LinearAttentionCall& call = back.call;
+  const int64_t dim = padded<A>(call.dim), value_dim = padded<A>(call.value_dim);
+  for (int64_t r = 0; r < count; ++r) {
+    T* to = sequence.key<T>(back.grad_k, j + r);
+    if (sequence.counts(call, j + r)) {
+      store_gradient(call.feature_map, of_keys + r * dim, features + r * dim, call.dim, to);
+    } else {
+      memset(static_cast<void*>(to), 0, static_cast<size_t>(call.dim) * sizeof(T));
+    }
+    store_row(of_values + r * value_dim, call.value_dim, false, sequence.key<T>(back.grad_v, j + r));
+  }
+}
+
+template <class A>
+inline void fill_rows(const A* row, int64_t row_size, int64_t count, A* to) {
+  for (int64_t r = 0; r < count; ++r) memcpy(to + r * row_size, row, static_cast<size_t>(row_size) * sizeof(A));
+}
+
+template <class A, class T>
+void keys(const LinearAttentionBackward& back, int64_t begin, int64_t end, void* scratch) {
+  const LinearAttentionCall& call = back.call;
+  const Shape<A> shape(call);
+  const bool is_softmax = call.feature_map == FeatureMap::softmax;
+  const int64_t blocks = is_softmax ? 1 : linear_attention_blocks(call.len_k);
+  for (int64_t item = begin; item < end; ++item) {
+    const Sequence sequence(call, item / blocks);
+    const Range range = is_softmax ? Range{0, sequence.len_k} : Range::block(sequence.len_k, item % blocks);
+    if (range.begin == range.end) continue;
+    Buffers<A> buffers(scratch);
+    const State<A> gradient(call, buffers);
+    const StateAt<A> from = StateAt<A>::pair(call, back.grad_s, back.grad_z, sequence.pair);
+    gradient.load(call, from.s, from.z);
+    A* across = buffers.take(call.value_dim * shape.dim);
+    transpose_state(call, gradient, across);
+    Keys<A, T> at_hand(call, buffers, false, false);
+    A* of_keys = buffers.take(chunk_rows * shape.dim);
+    A* of_values = buffers.take(chunk_rows * shape.value_dim);
+    const A* shift = key_shift<A, T>(call, sequence, buffers);
+    for (int64_t j = range.begin; j < range.end; j += chunk_rows) {
+      const int64_t count = least(chunk_rows, range.end - j);
+      at_hand.load(call, sequence, j, count, shift);
+      fill_rows(gradient.z, shape.dim, count, of_keys);
+      by_rows<A>(at_hand.values, {across, shape.dim}, call.value_dim, count, shape.dim, true, of_keys, shape.dim);
+      by_rows<A>(at_hand.rows(call), gradient.rows(call), call.dim, count, shape.value_dim, false, of_values, shape.value_dim);
+      store_keys<A, T>(back, sequence, j, count, of_keys, at_hand.features, of_values);
+    }
+  }
+}
+
+// The queries of a chunk and their upstream gradients, and what causal attention has of them: P in `scores` and grad v^T in
+// `slopes`.
+template <class A, class T>
+struct CausalQueries {
+  A* features;
+  A* copied;
+  A* scores;
+  A* slopes;
+  Staged<A> upstream;
+
+  CausalQueries(const LinearAttentionCall& call, Buffers<A>& buffers)
+      : features(buffers.rows(chunk_rows, call.dim)),
+        copied(buffers.rows(chunk_rows, call.value_dim)),
+        scores(buffers.take(chunk_rows * chunk_rows)),
+        slopes(buffers.take(chunk_rows * chunk_rows)),
+        upstream{nullptr, 0} {}
+
+  void load(const LinearAttentionBackward& back, const Sequence& sequence, int64_t head, int64_t i, int64_t count,
+            const Keys<A, T>& keys) {
+    const LinearAttentionCall& call = back.call;
+    query_features<A, T>(call, sequence, head, i, count, features);
+    upstream = stage<A, T>(sequence.query<T>(back.grad_out, head, i), back.grad_out.row, count, call.value_dim, copied);
+    triangle_scores<A>({features, padded<A>(call.dim)}, keys.features_across, call.dim, count, scores);
+    triangle_scores<A>(upstream, keys.values_across, call.value_dim, count, slopes);
+  }
+
+  // Row r of slopes becomes that of dP. (Beyond the diagonal they are zero.)
+  void finish_slopes(int64_t r, A inverse, A of_total) const {
+    using V = Vec<A>;
+    A* row = slopes + r * chunk_rows;
+    for (int64_t j = 0; j <= r; j += V::width) V::store(row + j, V::fma(V::load(row + j), V::set(inverse), V::set(of_total)));
+    for (int64_t j = r + 1; j < padded<A>(r + 1); ++j) row[j] = A(0);
+  }
+};
+
+template <class A, class T>
+void causal_queries(const LinearAttentionBackward& back, int64_t begin, int64_t end, void* scratch) {
+  const LinearAttentionCall& call = back.call;
+  const Shape<A> shape(call);
+  const int64_t group = call.heads / call.kv_heads;
+  for (int64_t item = begin; item < end; ++item) {
+    const Sequence sequence(call, item / call.segments);
+    const Range range = Range::segment(call, sequence.len_k, item % call.segments);
+    Buffers<A> buffers(scratch);
+    // S is held across, [Dv][D]: nothing here reads its rows.
+    const State<A> first(call, buffers), gradient(call, buffers);
+    const StateAt<A> from = call.segments == 1 ? StateAt<A>::pair(call, call.first_s, call.first_z, sequence.pair)
+                                               : StateAt<A>::segment(call, call.partial, item);
+    first.load(call, from.s, from.z);
+    A* across = buffers.rows(call.value_dim, call.dim);
+    transpose_state(call, first, across);
+    const Totals<A> totals(call, first, buffers);
+    Keys<A, T> keys(call, buffers, true, true);
+    CausalQueries<A, T> at_hand(call, buffers);
+    A* results = buffers.take(chunk_rows * shape.dim);
+    for (int64_t i = range.begin; i < range.end; i += chunk_rows) {
+      const int64_t count = least(chunk_rows, range.end - i);
+      keys.load(call, sequence, i, count, nullptr);
+      for (int64_t head = sequence.h * group; head < (sequence.h + 1) * group; ++head) {
+        const TotalsAt<A> kept(back, sequence, head);
+        at_hand.load(back, sequence, head, i, count, keys);
+        by_rows<A>(at_hand.upstream, {across, shape.dim}, call.value_dim, count, shape.dim, false, results, shape.dim);
+        for (int64_t r = 0; r < count; ++r) {
+          const A* row = at_hand.features + r * shape.dim;
+          A* result = results + r * shape.dim;
+          A inverse = A(1), of_total = A(0);
+          if (totals.divides) {
+            const int64_t seen = padded<A>(r + 1);
+            const A* scores = at_hand.scores + r * chunk_rows;
+            inverse = totals.inverse(dot(row, totals.z, shape.dim) + row_sum(scores, seen));
+            const A dots = dot(row, result, shape.dim) + dot(scores, at_hand.slopes + r * chunk_rows, seen);
+            of_total = -dots * inverse * inverse;
+            multiply_add_row(result, inverse, totals.z, of_total, shape.dim, result);
+            at_hand.finish_slopes(r, inverse, of_total);
+          }
+          kept.inverse[i + r] = inverse;
+          kept.gradient[i + r] = of_total;
+        }
+        add_seen<A>(at_hand.slopes, keys.rows(call), count, shape.dim, results, shape.dim);
+        for (int64_t r = 0; r < count; ++r)
+          store_gradient(call.feature_map, results + r * shape.dim, at_hand.features + r * shape.dim, call.dim,
+                         sequence.query<T>(back.grad_q, head, i + r));
+        if (call.segments > 1) {
+          if (totals.divides) {
+            add_columns<A>(at_hand.features, shape.dim, count, kept.gradient + i, gradient.z);
+            for (int64_t r = 0; r < count; ++r) scale_row(at_hand.features + r * shape.dim, shape.dim, kept.inverse[i + r]);
+          }
+          by_cols<A>({at_hand.features, shape.dim}, at_hand.upstream, count, call.dim, shape.value_dim, gradient.s,
+                     shape.value_dim);
+        }
+      }
+      by_cols<A>(keys.values, keys.rows(call), count, call.value_dim, shape.dim, across, shape.dim);
+      add_columns<A>(keys.features, shape.dim, count, nullptr, first.z);
+    }
+    if (call.segments > 1) {
+      const StateAt<A> to = StateAt<A>::segment(call, back.partial, item);
+      gradient.store(call, to.s, to.z);
+    }
+  }
+}
+
+template <class A, class T>
+void causal_keys(const LinearAttentionBackward& back, int64_t begin, int64_t end, void* scratch) {
+  const LinearAttentionCall& call = back.call;
+  const Shape<A> shape(call);
+  const int64_t group = call.heads / call.kv_heads;
+  for (int64_t item = begin; item < end; ++item) {
+    const Sequence sequence(call, item / call.segments);
+    const Range range = Range::segment(call, sequence.len_k, item % call.segments);
+    Buffers<A> buffers(scratch);
+    const State<A> gradient(call, buffers);
+    const StateAt<A> from = call.segments == 1 ? StateAt<A>::pair(call, back.upstream_s, back.upstream_z, sequence.pair)
+                                               : StateAt<A>::segment(call, back.partial, item);
+    gradient.load(call, from.s, from.z);
+    A* across = buffers.take(call.value_dim * shape.dim);
+    Keys<A, T> keys(call, buffers, true, true);
+    CausalQueries<A, T> at_hand(call, buffers);
+    A* of_keys = buffers.take(chunk_rows * shape.dim);
+    A* of_values = buffers.take(chunk_rows * shape.value_dim);
+    const int64_t chunks = (range.end - range.begin + chunk_rows - 1) / chunk_rows;
+    for (int64_t chunk = chunks - 1; chunk >= 0; --chunk) {
+      const int64_t i = range.begin + chunk * chunk_rows, count = least(chunk_rows, range.end - i);
+      keys.load(call, sequence, i, count, nullptr);
+      transpose_state(call, gradient, across);
+      fill_rows(gradient.z, shape.dim, count, of_keys);
+      by_rows<A>(keys.values, {across, shape.dim}, call.value_dim, count, shape.dim, true, of_keys, shape.dim);
+      by_rows<A>(keys.rows(call), gradient.rows(call), call.dim, count, shape.value_dim, false, of_values, shape.value_dim);
+      for (int64_t head = sequence.h * group; head < (sequence.h + 1) * group; ++head) {
+        const TotalsAt<A> kept(back, sequence, head);
+        at_hand.load(back, sequence, head, i, count, keys);
+        for (int64_t r = 0; call.normalize && r < count; ++r) {
+          at_hand.finish_slopes(r, kept.inverse[i + r], kept.gradient[i + r]);
+          scale_row(at_hand.scores + r * chunk_rows, padded<A>(r + 1), kept.inverse[i + r]);
+        }
+        add_seeing<A>(at_hand.slopes, {at_hand.features, shape.dim}, count, shape.dim, of_keys, shape.dim);
+        add_seeing<A>(at_hand.scores, at_hand.upstream, count, shape.value_dim, of_values, shape.value_dim);
+        if (call.normalize) {
+          add_columns<A>(at_hand.features, shape.dim, count, kept.gradient + i, gradient.z);
+          for (int64_t r = 0; r < count; ++r) scale_row(at_hand.features + r * shape.dim, shape.dim, kept.inverse[i + r]);
+        }
+        by_cols<A>({at_hand.features, shape.dim}, at_hand.upstream, count, call.dim, shape.value_dim, gradient.s,
+                   shape.value_dim);
+      }
+      store_keys<A, T>(back, sequence, i, count, of_keys, keys.features, of_values);
+    }
+    if (call.segments == 1) {
+      const StateAt<A> to = StateAt<A>::pair(call, back.grad_s, back.grad_z, sequence.pair);
+      gradient.store(call, to.s, to.z);
+    }
+  }
+}
+
+}  // namespace
+
+const LinearAttentionBackwardTier linear_attention_backward_kernels = {{
+    {queries<float, float>, keys<float, float>, causal_queries<float, float>, causal_keys<float, float>},
+    {queries<float, bfloat16>, keys<float, bfloat16>, causal_queries<float, bfloat16>, causal_keys<float, bfloat16>},
+    {queries<float, float16>, keys<float, float16>, causal_queries<float, float16>, causal_keys<float, float16>},
+#if MMK_TIER_ID(MMK_TIER) == MMK_TIER_IS_generic
+    {queries<double, double>, keys<double, double>, causal_queries<double, double>, causal_keys<double, double>},
+#else
+    {},
+#endif
+}};
+
+}  // namespace mmk::MMK_TIER
