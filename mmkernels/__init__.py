@@ -12,6 +12,7 @@ from types import ModuleType
 
 from mmkernels.inspection import explain, info
 from mmkernels.ops.attention import attention
+from mmkernels.ops.hash_attention import ecoformer_attention, hash_attention, hash_codes
 from mmkernels.ops.linear import linear, mlp
 from mmkernels.ops.linear_attention import linear_attention
 from mmkernels.ops.norm import add_layer_norm, add_rms_norm, layer_norm, modulate, rms_norm
@@ -30,7 +31,10 @@ __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "attention",
+    "ecoformer_attention",
     "explain",
+    "hash_attention",
+    "hash_codes",
     "info",
     "last_kernels",
     "layer_norm",

@@ -53,18 +53,24 @@ def cotangents(outputs: Sequence[Any]) -> list[Tensor]:
 
 
 def gradients(function: Callable[..., Any], call: Call, upstream: Sequence[Tensor] | None = None) -> list[Tensor | None]:
-    """Gradients of the floating tensors of `call` for fixed (or the given) upstream gradients."""
+    """Gradients of the floating tensors of `call` for fixed (or the given) upstream gradients; None where there is none."""
     call, wanted = leaves(call)
     outputs = [o for o in as_tuple(call.of(function)) if isinstance(o, Tensor)]
+    if not any(o.requires_grad for o in outputs):
+        return [None] * len(wanted)
     upstream = cotangents(outputs) if upstream is None else [u.to(o.dtype) for u, o in zip(upstream, outputs, strict=True)]
     return list(torch.autograd.grad(outputs, wanted, upstream, allow_unused=True))
 
 
 def assert_within_rule(actual: Tensor, plain: Tensor, oracle: Tensor, what: str, *, extra: float = 0.0) -> None:
     """The correctness rule: no further from float64 than twice what torch's plain formula in the same dtype is, plus
-    2 eps max|oracle| (and `extra`, a golden vector's own error); the largest error and the root mean square."""
+    2 eps max|oracle| (and `extra`, a golden vector's own error); the largest error and the root mean square. Integers are
+    equal to the oracle's."""
     assert actual.shape == oracle.shape, f"{what}: shape {tuple(actual.shape)} instead of {tuple(oracle.shape)}"
     if actual.numel() == 0:
+        return
+    if not actual.is_floating_point():
+        assert torch.equal(actual, oracle), f"{what}: {int((actual != oracle).sum())} of {actual.numel()} differ"
         return
     # Kernels may flush what is smaller than the smallest normal number.
     limits = torch.finfo(actual.dtype)

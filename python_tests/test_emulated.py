@@ -55,6 +55,7 @@ def test_higher_tiers_through_emulation(tmp_path: Path) -> None:
             "test_qk_norm_rope.py",
             "test_silu_attention.py",
             "test_linear_attention.py",
+            "test_hash_attention.py",
             "test_blocks.py",
             "test_math.py",
         )

@@ -3,10 +3,8 @@
 // Index glossary: a row is one frame's tokens, a position is row * tokens + token of the output, as on the CPU. A launch
 // takes the segments by value, kMaxSegments at a time, so that nothing is copied to the device and graphs can be captured.
 #include "../common/token_roll_problem.h"
+#include "core/numbers.h"
 #include "core/stream.h"
-
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 
 #include <limits>
 #include <tuple>
@@ -41,25 +39,6 @@ __device__ __forceinline__ int64_t source_row(const Segments& segments, int64_t 
   const int64_t source = frame - segments.shift[low];
   return row - frame + (source < 0 ? source + frames : source);
 }
-
-template <class T>
-struct Accumulator {
-  using type = float;
-};
-template <>
-struct Accumulator<double> {
-  using type = double;
-};
-
-__device__ __forceinline__ float widen(float value) { return value; }
-__device__ __forceinline__ double widen(double value) { return value; }
-__device__ __forceinline__ float widen(__nv_bfloat16 value) { return __bfloat162float(value); }
-__device__ __forceinline__ float widen(__half value) { return __half2float(value); }
-
-__device__ __forceinline__ void narrow(float value, float& out) { out = value; }
-__device__ __forceinline__ void narrow(double value, double& out) { out = value; }
-__device__ __forceinline__ void narrow(float value, __nv_bfloat16& out) { out = __float2bfloat16_rn(value); }
-__device__ __forceinline__ void narrow(float value, __half& out) { out = __float2half_rn(value); }
 
 // --- copy -------------------------------------------------------------------------------------------------------------
 // One block moves `tile` tokens of one row, in units of V bytes; grid: (rows * tiles of a row).

@@ -141,6 +141,7 @@ class Card:
     dtypes: tuple[torch.dtype, ...]
     systems: tuple[str, ...]  # published systems that it serves
     summary: str
+    differentiable: bool = True  # where not, no output has a gradient
     twice_differentiable: bool = False  # where not, a second derivative raises
     bench: tuple[BenchCase, ...] = ()
     overheads: tuple[Overhead, ...] = ()

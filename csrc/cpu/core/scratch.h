@@ -18,8 +18,10 @@ enum class ScratchUse : int {
   rows,
   attention,
   silu_attention,
+  hash_tables,
+  hash_attention,
 };
-inline constexpr int scratch_uses = 10;
+inline constexpr int scratch_uses = 12;
 
 // At least `bytes` bytes, aligned to a cache line, with whatever was last written there. Belongs to the calling thread, and
 // is valid until its next call for the same use. Throws where there is no memory.

@@ -1,0 +1,415 @@
+// Sums of values by code, and what codes read from such sums, without a multiplication by a feature.
+//
+// A code is cut into groups of bits. To sum, each group has a table with a row of sums for each of its values: a row of values
+// is added to one row of every table, and halves of a table added and subtracted leave the sums of its bits. To read, each
+// group has a table with what each of its values makes of S, built with one addition a row. Tables are made for blocks of
+// columns, so that they stay in the first-level cache.
+#include "hash_attention.h"
+
+#include "core/math.h"
+
+namespace mmk::MMK_TIER {
+namespace {
+
+// --- groups of bits -------------------------------------------------------------------------------------------------------
+// The bits of a code in as few groups as possible of nearly the same size.
+struct BitGroups {
+  int count = 0;
+  int first[32], bits[32], row[32];  // a group's first bit, its bits, and where its table begins
+  int rows = 0;
+
+  BitGroups(int64_t of_code, int most) {
+    count = static_cast<int>((of_code + most - 1) / most);
+    int bit = 0;
+    for (int g = 0; g < count; ++g) {
+      first[g] = bit;
+      bits[g] = static_cast<int>((of_code - bit + (count - g) - 1) / (count - g));
+      row[g] = rows;
+      bit += bits[g];
+      rows += 1 << bits[g];
+    }
+  }
+};
+
+// Where the rows of a block of codes lie in the tables, in accumulators: made in one pass of vectors for each group.
+struct Offsets {
+  static constexpr int64_t most = 256;
+  uint16_t of_group[32][most];
+
+  // The codes from `row` on, as many as fit; answers how many.
+  int64_t fill(const BitGroups& groups, const int32_t* all, int64_t row, int64_t end) {
+    const int64_t count = end - row < most ? end - row : most;
+    const int32_t* codes = all + row;
+    for (int g = 0; g < groups.count; ++g) {
+      const int first = groups.first[g];
+      const uint32_t mask = (1u << groups.bits[g]) - 1u, row = static_cast<uint32_t>(groups.row[g]);
+      for (int64_t n = 0; n < count; ++n)
+        of_group[g][n] = static_cast<uint16_t>((row + ((static_cast<uint32_t>(codes[n]) >> first) & mask)) * hash_table_cols);
+    }
+    return count;
+  }
+};
+
+// The tables of one block of columns, and those of one number a row.
+template <class A>
+struct Tables {
+  A* rows;
+  A* numbers;
+  explicit Tables(void* memory) : rows(static_cast<A*>(memory)), numbers(rows + hash_table_rows * hash_table_cols) {}
+  A* row(int64_t index) const { return rows + index * hash_table_cols; }
+};
+
+constexpr int64_t block_vectors(int64_t width) { return hash_table_cols / width; }
+
+// A block of columns in registers: all of them, or the first `cols` with a tail.
+template <class A, bool whole>
+struct Block {
+  using V = Vec<A>;
+  static constexpr int64_t most = block_vectors(V::width);
+  int64_t cols;
+  int64_t vectors() const { return whole ? most : (cols + V::width - 1) / V::width; }
+  int64_t lanes(int64_t v) const { return whole || cols - v * V::width > V::width ? V::width : cols - v * V::width; }
+};
+
+// f.template operator()<whole>(first column, columns) over the blocks of a row.
+template <class F>
+inline void each_block(int64_t width, const F& f) {
+  for (int64_t at = 0; at < width; at += hash_table_cols) {
+    if (width - at >= hash_table_cols) {
+      f.template operator()<true>(at, hash_table_cols);
+    } else {
+      f.template operator()<false>(at, width - at);
+    }
+  }
+}
+
+// --- sums -----------------------------------------------------------------------------------------------------------------
+template <class T, bool whole>
+inline void sum_block(const HashSum& call, const BitGroups& groups, int64_t begin, int64_t end, int64_t at, int64_t cols,
+                      const Tables<accumulator_t<T>>& tables, accumulator_t<T>* sums) {
+  using A = accumulator_t<T>;
+  using V = Vec<A>;
+  using Register = typename V::Register;
+  const Block<A, whole> block{cols};
+  const int64_t vectors = block.vectors();
+  for (int64_t row = 0; row < groups.rows; ++row)
+    for (int64_t v = 0; v < vectors; ++v) V::store(tables.row(row) + v * V::width, V::zero());
+  const A* scale = static_cast<const A*>(call.scale);
+  const T* values = static_cast<const T*>(call.values) + at;
+  const int64_t stride = call.stride;
+  const int count = groups.count;
+  A* const rows = tables.rows;
+  Offsets offsets;
+  for (int64_t row = begin; row < end; row += Offsets::most) {
+    const int64_t some = offsets.fill(groups, call.codes, row, end);
+    for (int64_t i = 0; i < some; ++i) {
+      const T* from = values + (row + i) * stride;
+      const Register factor = V::set(scale == nullptr ? A(1) : scale[row + i]);
+      Register value[Block<A, whole>::most];
+      for (int64_t v = 0; v < vectors; ++v) value[v] = load_lanes<A>(from + v * V::width, block.lanes(v)) * factor;
+      for (int g = 0; g < count; ++g) {
+        A* to = rows + offsets.of_group[g][i];
+        for (int64_t v = 0; v < vectors; ++v) V::store(to + v * V::width, V::load(to + v * V::width) + value[v]);
+      }
+    }
+  }
+  for (int g = 0; g < groups.count; ++g) {
+    A* table = tables.row(groups.row[g]);
+    for (int64_t v = 0; v < vectors; ++v) {
+      A* column = table + v * V::width;
+      for (int bit = groups.bits[g] - 1; bit >= 0; --bit) {
+        const int64_t half = int64_t{1} << bit;
+        Register difference = V::zero();
+        for (int64_t row = 0; row < half; ++row) {
+          const Register low = V::load(column + row * hash_table_cols), high = V::load(column + (row + half) * hash_table_cols);
+          difference = difference + (high - low);
+          V::store(column + row * hash_table_cols, low + high);
+        }
+        store_lanes<A>(sums + (groups.first[g] + bit) * call.state.width + at + v * V::width, difference, block.lanes(v));
+      }
+      if (g == 0) store_lanes<A>(sums + call.state.total() + at + v * V::width, V::load(column), block.lanes(v));
+    }
+  }
+}
+
+// Sums of weights, or where there are none the bits counted.
+template <class A>
+inline void sum_weights(const HashSum& call, const BitGroups& groups, int64_t begin, int64_t end, A* numbers, A* counts) {
+  const A* weight = static_cast<const A*>(call.weight);
+  if (weight == nullptr) {
+    for (int64_t bit = 0; bit < call.state.bits; ++bit) {
+      int64_t set = 0;
+      for (int64_t from = begin; from < end; from += Offsets::most) {
+        const int64_t last = end - from < Offsets::most ? end : from + Offsets::most;
+        uint32_t some = 0;
+        for (int64_t n = from; n < last; ++n) some += (static_cast<uint32_t>(call.codes[n]) >> bit) & 1u;
+        set += some;
+      }
+      counts[bit] = static_cast<A>(2 * set - (end - begin));
+    }
+    return;
+  }
+  for (int row = 0; row < groups.rows; ++row) numbers[row] = A(0);
+  Offsets offsets;
+  for (int64_t row = begin; row < end; row += Offsets::most) {
+    const int64_t some = offsets.fill(groups, call.codes, row, end);
+    for (int64_t i = 0; i < some; ++i)
+      for (int g = 0; g < groups.count; ++g) numbers[offsets.of_group[g][i] / hash_table_cols] += weight[row + i];
+  }
+  for (int g = 0; g < groups.count; ++g) {
+    A* table = numbers + groups.row[g];
+    for (int bit = groups.bits[g] - 1; bit >= 0; --bit) {
+      A difference = A(0);
+      for (int row = 0; row < 1 << bit; ++row) {
+        const A low = table[row], high = table[row + (1 << bit)];
+        difference += high - low;
+        table[row] = low + high;
+      }
+      counts[groups.first[g] + bit] = difference;
+    }
+  }
+}
+
+template <class T>
+void sum(const HashSum& call, int64_t begin, int64_t end, void* sums, void* memory) {
+  using A = accumulator_t<T>;
+  const BitGroups groups(call.state.bits, call.group_bits);
+  const Tables<A> tables(memory);
+  A* to = static_cast<A*>(sums);
+  if (call.values != nullptr)
+    each_block(call.state.width, [&]<bool whole>(int64_t at, int64_t cols) {
+      sum_block<T, whole>(call, groups, begin, end, at, cols, tables, to);
+    });
+  sum_weights<A>(call, groups, begin, end, tables.numbers, to + call.state.counts());
+}
+
+// --- reading --------------------------------------------------------------------------------------------------------------
+// What each group's values make of `sums` (a row every `stride`): -sum of all, and twice a bit's own for each bit that is set.
+// `base` is added to the first group's.
+template <class A, bool whole>
+inline void build(const BitGroups& groups, const A* sums, int64_t stride, const A* total, A all, int64_t cols,
+                  const Tables<A>& tables) {
+  using V = Vec<A>;
+  using Register = typename V::Register;
+  const Block<A, whole> block{cols};
+  for (int g = 0; g < groups.count; ++g)
+    for (int64_t v = 0; v < block.vectors(); ++v) {
+      A* column = tables.row(groups.row[g]) + v * V::width;
+      const A* from = sums + groups.first[g] * stride + v * V::width;
+      Register none = V::zero();
+      if (g == 0 && total != nullptr) none = V::set(all) * load_lanes<A>(total + v * V::width, block.lanes(v));
+      for (int bit = 0; bit < groups.bits[g]; ++bit) none = none - load_lanes<A>(from + bit * stride, block.lanes(v));
+      V::store(column, none);
+      for (int bit = 0; bit < groups.bits[g]; ++bit) {
+        const Register once = load_lanes<A>(from + bit * stride, block.lanes(v)), twice = once + once;
+        for (int64_t row = 0; row < int64_t{1} << bit; ++row)
+          V::store(column + (row + (int64_t{1} << bit)) * hash_table_cols, V::load(column + row * hash_table_cols) + twice);
+      }
+    }
+}
+
+template <class A>
+inline void build_numbers(const BitGroups& groups, const A* counts, A base, A* numbers) {
+  for (int g = 0; g < groups.count; ++g) {
+    A* table = numbers + groups.row[g];
+    table[0] = g == 0 ? base : A(0);
+    for (int bit = 0; bit < groups.bits[g]; ++bit) table[0] -= counts[groups.first[g] + bit];
+    for (int bit = 0; bit < groups.bits[g]; ++bit)
+      for (int row = 0; row < 1 << bit; ++row) table[row + (1 << bit)] = table[row] + 2 * counts[groups.first[g] + bit];
+  }
+}
+
+template <class A>
+void denominator(const HashDenominator& call, int64_t begin, int64_t end, void* memory) {
+  const BitGroups groups(call.state.bits, call.group_bits);
+  A* numbers = Tables<A>(memory).numbers;
+  build_numbers<A>(groups, static_cast<const A*>(call.sums) + call.state.counts(), static_cast<A>(call.base), numbers);
+  A* inverse = static_cast<A*>(call.inverse);
+  Offsets offsets;
+  for (int64_t row = begin; row < end; row += Offsets::most) {
+    const int64_t some = offsets.fill(groups, call.codes, row, end);
+    for (int64_t i = 0; i < some; ++i) {
+      A value = numbers[offsets.of_group[0][i] / hash_table_cols];
+      for (int g = 1; g < groups.count; ++g) value += numbers[offsets.of_group[g][i] / hash_table_cols];
+      inverse[row + i] = value;
+    }
+  }
+  for (int64_t n = begin; n < end; ++n) inverse[n] = A(1) / inverse[n];
+}
+
+// One block of columns of a row's h S.
+template <class A, int64_t most>
+inline void read(const A* tables, const Offsets& offsets, int64_t i, int groups, int64_t vectors,
+                 typename Vec<A>::Register (&value)[most]) {
+  using V = Vec<A>;
+  const A* from = tables + offsets.of_group[0][i];
+  for (int64_t v = 0; v < vectors; ++v) value[v] = V::load(from + v * V::width);
+  for (int g = 1; g < groups; ++g) {
+    from = tables + offsets.of_group[g][i];
+    for (int64_t v = 0; v < vectors; ++v) value[v] = value[v] + V::load(from + v * V::width);
+  }
+}
+
+// The tables of one block of columns of a call.
+template <class A, bool whole>
+inline void build_of(const HashOutput& call, const BitGroups& groups, int64_t at, int64_t cols, const Tables<A>& tables) {
+  const A* sums = static_cast<const A*>(call.sums) + at;
+  build<A, whole>(groups, sums, call.state.width, call.all == 0 ? nullptr : sums + call.state.total(),
+                  static_cast<A>(call.all), cols, tables);
+}
+
+template <class T, bool whole>
+inline void output_block(const HashOutput& call, const BitGroups& groups, int64_t begin, int64_t end, int64_t at, int64_t cols,
+                         const Tables<accumulator_t<T>>& tables) {
+  using A = accumulator_t<T>;
+  using V = Vec<A>;
+  using Register = typename V::Register;
+  build_of<A, whole>(call, groups, at, cols, tables);
+  const Block<A, whole> block{cols};
+  const int64_t vectors = block.vectors(), width = call.state.width, own_stride = call.own_stride;
+  const A* scale = static_cast<const A*>(call.scale);
+  const A* own_scale = static_cast<const A*>(call.own_scale);
+  const T* own = call.own == nullptr ? nullptr : static_cast<const T*>(call.own) + at;
+  T* out = static_cast<T*>(call.out) + at;
+  const A self = static_cast<A>(call.self);
+  const A* const rows = tables.rows;
+  const int count = groups.count;
+  Offsets offsets;
+  for (int64_t row = begin; row < end; row += Offsets::most) {
+    const int64_t some = offsets.fill(groups, call.codes, row, end);
+    for (int64_t i = 0; i < some; ++i) {
+      Register value[Block<A, whole>::most];
+      read<A>(rows, offsets, i, count, vectors, value);
+      const Register factor = V::set(scale == nullptr ? A(1) : scale[row + i]);
+      for (int64_t v = 0; v < vectors; ++v) value[v] = value[v] * factor;
+      if (own != nullptr) {
+        const Register of_own = V::set(self * own_scale[row + i]);
+        const T* from = own + (row + i) * own_stride;
+        for (int64_t v = 0; v < vectors; ++v)
+          value[v] = V::fma(of_own, load_lanes<A>(from + v * V::width, block.lanes(v)), value[v]);
+      }
+      T* to = out + (row + i) * width;
+      for (int64_t v = 0; v < vectors; ++v) store_lanes<A>(to + v * V::width, value[v], block.lanes(v));
+    }
+  }
+}
+
+template <class T>
+void output(const HashOutput& call, int64_t begin, int64_t end, void* memory) {
+  const BitGroups groups(call.state.bits, call.group_bits);
+  const Tables<accumulator_t<T>> tables(memory);
+  each_block(call.state.width, [&]<bool whole>(int64_t at, int64_t cols) {
+    output_block<T, whole>(call, groups, begin, end, at, cols, tables);
+  });
+}
+
+template <class T, bool whole>
+inline void slope_block(const HashSlope& call, const BitGroups& groups, int64_t begin, int64_t end, int64_t at, int64_t cols,
+                        const Tables<accumulator_t<T>>& tables) {
+  using A = accumulator_t<T>;
+  using V = Vec<A>;
+  using Register = typename V::Register;
+  const HashOutput& of = call.numerator;
+  build_of<A, whole>(of, groups, at, cols, tables);
+  const Block<A, whole> block{cols};
+  const int64_t vectors = block.vectors(), width = of.state.width, own_stride = of.own_stride;
+  const T* own = of.own == nullptr ? nullptr : static_cast<const T*>(of.own) + at;
+  const T* grad = static_cast<const T*>(call.grad) + at;
+  A* slopes = static_cast<A*>(call.slope);
+  const Register self = V::set(static_cast<A>(of.self));
+  const A* const rows = tables.rows;
+  const int count = groups.count;
+  Offsets offsets;
+  for (int64_t row = begin; row < end; row += Offsets::most) {
+    const int64_t some = offsets.fill(groups, of.codes, row, end);
+    for (int64_t i = 0; i < some; ++i) {
+      Register value[Block<A, whole>::most], product = V::zero();
+      read<A>(rows, offsets, i, count, vectors, value);
+      if (own != nullptr) {
+        const T* from = own + (row + i) * own_stride;
+        for (int64_t v = 0; v < vectors; ++v)
+          value[v] = V::fma(self, load_lanes<A>(from + v * V::width, block.lanes(v)), value[v]);
+      }
+      const T* from = grad + (row + i) * width;
+      for (int64_t v = 0; v < vectors; ++v)
+        product = V::fma(value[v], load_lanes<A>(from + v * V::width, block.lanes(v)), product);
+      slopes[row + i] -= V::sum(product);
+    }
+  }
+}
+
+template <class T>
+void slope(const HashSlope& call, int64_t begin, int64_t end, void* memory) {
+  using A = accumulator_t<T>;
+  const BitGroups groups(call.numerator.state.bits, call.numerator.group_bits);
+  const Tables<A> tables(memory);
+  const A* inverse = static_cast<const A*>(call.inverse);
+  A* slopes = static_cast<A*>(call.slope);
+  for (int64_t n = begin; n < end; ++n) slopes[n] = A(0);
+  each_block(call.numerator.state.width, [&]<bool whole>(int64_t at, int64_t cols) {
+    slope_block<T, whole>(call, groups, begin, end, at, cols, tables);
+  });
+  for (int64_t n = begin; n < end; ++n) slopes[n] *= inverse[n] * inverse[n];
+}
+
+// --- pairs ----------------------------------------------------------------------------------------------------------------
+inline int bits_set(uint32_t word) {
+#if defined(__POPCNT__)
+  return __builtin_popcount(word);
+#else  // the compiler would call a function for each
+  word -= (word >> 1) & 0x55555555u;
+  word = (word & 0x33333333u) + ((word >> 2) & 0x33333333u);
+  return static_cast<int>((((word + (word >> 4)) & 0x0f0f0f0fu) * 0x01010101u) >> 24);
+#endif
+}
+
+template <class T>
+void pairs(const HashPairs& call) {
+  using A = accumulator_t<T>;
+  using V = Vec<A>;
+  using Register = typename V::Register;
+  const int bits = static_cast<int>(call.state.bits);
+  const uint32_t counted = bits == 32 ? ~0u : (1u << bits) - 1u;
+  const A offset = static_cast<A>(call.offset);
+  for (int64_t n = 0; n < call.queries; ++n) {
+    const uint32_t query = static_cast<uint32_t>(call.codes_q[n]);
+    T* to = static_cast<T*>(call.out) + n * call.state.width;
+    A denominator = offset * static_cast<A>(call.keys);
+    for (int64_t j = 0; j < call.keys; ++j)
+      denominator += static_cast<A>(bits - 2 * bits_set((query ^ static_cast<uint32_t>(call.codes_k[j])) & counted));
+    const Register inverse = V::set(A(1) / denominator);
+    each_block(call.state.width, [&]<bool whole>(int64_t at, int64_t cols) {
+      const Block<A, whole> block{cols};
+      const int64_t vectors = block.vectors();
+      Register value[Block<A, whole>::most];
+      for (int64_t v = 0; v < vectors; ++v) value[v] = V::zero();
+      for (int64_t j = 0; j < call.keys; ++j) {
+        const T* from = static_cast<const T*>(call.v) + j * call.stride + at;
+        A weight = static_cast<A>(bits - 2 * bits_set((query ^ static_cast<uint32_t>(call.codes_k[j])) & counted));
+        if (!call.own || j == n) weight += offset;
+        for (int64_t v = 0; v < vectors; ++v)
+          value[v] = V::fma(V::set(weight), load_lanes<A>(from + v * V::width, block.lanes(v)), value[v]);
+      }
+      for (int64_t v = 0; v < vectors; ++v) store_lanes<A>(to + at + v * V::width, value[v] * inverse, block.lanes(v));
+    });
+  }
+}
+
+}  // namespace
+
+#if MMK_TIER_ID(MMK_TIER) == MMK_TIER_IS_generic
+#define MMK_HASH_DOUBLE(kernel) kernel<double>
+#else
+#define MMK_HASH_DOUBLE(kernel) nullptr
+#endif
+#define MMK_HASH_BY_TYPE(kernel) {kernel<float>, kernel<bfloat16>, kernel<float16>, MMK_HASH_DOUBLE(kernel)}
+
+const HashAttentionKernels hash_attention_kernels = {
+    MMK_HASH_BY_TYPE(sum),
+    {denominator<float>, denominator<float>, denominator<float>, MMK_HASH_DOUBLE(denominator)},
+    MMK_HASH_BY_TYPE(output),
+    MMK_HASH_BY_TYPE(slope),
+    MMK_HASH_BY_TYPE(pairs),
+};
+
+}  // namespace mmk::MMK_TIER
