@@ -2,6 +2,8 @@
 
 from mmkernels.nn.activator import ActivatorBlock
 from mmkernels.nn.attention import CrossAttention, MultiheadAttention
+from mmkernels.nn.hash_attention import EcoFormerAttention
+from mmkernels.nn.hash_learning import HashFit, fit_hash
 from mmkernels.nn.linear import Linear
 from mmkernels.nn.linear_attention import LinearAttention
 from mmkernels.nn.mlp import GluMlp, Mlp
@@ -13,7 +15,9 @@ from mmkernels.nn.window_attention import WindowAttention
 __all__ = [
     "ActivatorBlock",
     "CrossAttention",
+    "EcoFormerAttention",
     "GluMlp",
+    "HashFit",
     "LayerNorm",
     "Linear",
     "LinearAttention",
@@ -23,6 +27,7 @@ __all__ = [
     "TokenRoll",
     "TokenRollLayerNorm",
     "WindowAttention",
+    "fit_hash",
     "repack",
     "visual_ranges",
 ]
