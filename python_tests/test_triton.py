@@ -17,13 +17,16 @@ import pytest
 import torch
 from conftest import ROOT
 
+import mmkernels.ops
 import mmkernels.triton
 from mmkernels import runtime
 from mmkernels.cards import all_cards
 
 MODULES = {module.name for module in pkgutil.iter_modules(mmkernels.triton.__path__)}
-FAMILIES = sorted(name for name in MODULES if not any(name.startswith(f"{other}_") for other in MODULES))
-OWN_GATE = {"attention", "linear_attention"}  # what they launch is compiled in test_triton_<family>.py
+FAMILIES = sorted(MODULES & {module.name for module in pkgutil.iter_modules(mmkernels.ops.__path__)})
+# Whose tiles differ by the make of the GPU: test_triton_<family>.py compiles them.
+OWN_GATE = {"attention", "linear_attention", "window_attention"}
+SLOW = {"linear_attention", "window_attention"}  # to interpret
 FLOATS = ("*fp32", "*bf16", "*fp16")
 
 # Target -> shared memory that one block may have, in bytes (CUDA programming guide; CDNA 3 ISA: 64 KiB LDS).
@@ -35,10 +38,16 @@ def test_every_family_on_a_card_has_its_kernels_here() -> None:
     assert expected == set(FAMILIES)
 
 
-@pytest.mark.parametrize(
-    "dtypes", [("float32", "bfloat16"), pytest.param(("float16",), marks=pytest.mark.full)], ids="-".join
-)
-@pytest.mark.parametrize("family", FAMILIES)
+def interpreted() -> Iterator[Any]:
+    """Of those that take long some of the samples; all are in the exhaustive suite."""
+    brief, all_dtypes = ("float32-brief", "bfloat16-brief"), ("float32", "bfloat16", "float16")
+    for family in FAMILIES:
+        default, others = (brief, all_dtypes) if family in SLOW else (all_dtypes[:2], all_dtypes[2:])
+        yield pytest.param(family, default, id=f"{family}-{'-'.join(default)}")
+        yield pytest.param(family, others, id=f"{family}-{'-'.join(others)}", marks=pytest.mark.full)
+
+
+@pytest.mark.parametrize(("family", "dtypes"), list(interpreted()))
 def test_interpreter(family: str, dtypes: tuple[str, ...]) -> None:
     """Every sample, every operator, on the CPU (triton_interpreter.py)."""
     done = subprocess.run(

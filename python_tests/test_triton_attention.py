@@ -63,6 +63,40 @@ class FakeDriver:
         return 0
 
 
+def compiling(target: str, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
+    """The list that from now on gets (name, compiled kernel) of whatever is launched, for a GPU that is not there."""
+    import triton
+    from triton.runtime.jit import JITFunction
+
+    from mmkernels.triton import attention_launch
+
+    compiled: list[tuple[str, Any]] = []
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        compiled.append((self.fn.__name__, run(self, *args, grid=grid, warmup=True, **kwargs)))
+
+    monkeypatch.setattr(JITFunction, "run", compile_only)
+    monkeypatch.setattr(attention_launch, "make", lambda: "cuda" if target.startswith("sm_") else "hip")
+    monkeypatch.setattr(triton.runtime.driver, "_active", FakeDriver(target))
+    return compiled
+
+
+def assert_kernel_fits(name: str, kernel: Any, target: str, with_matrix: bool, folder: Path) -> None:
+    """Its shared memory, its registers, its instructions."""
+    shared = kernel.metadata.shared
+    assert shared <= min(TARGETS[target], 99 * 1024), f"{name}: {shared} bytes of shared memory"
+    if target.startswith("sm_"):
+        assert stack_bytes(kernel.asm["cubin"], folder) == [0], f"{name}: registers spill"
+    else:  # scalar registers may spill: they go to lanes of vector registers
+        spills = re.findall(r"\.vgpr_spill_count:\s+(\d+)", kernel.asm["amdgcn"])
+        assert spills and set(spills) == {"0"}, f"{name}: registers spill: {spills}"
+    if with_matrix:
+        assembly = kernel.asm["ptx" if target.startswith("sm_") else "amdgcn"]
+        # Tiles too small for the instructions of whole warp groups take those of warps.
+        assert MATRIX[target] in assembly or "mma.sync" in assembly, f"{name}: no matrix instructions"
+
+
 def calls(dtype: torch.dtype, channels: int, rich: bool) -> Iterator[tuple[tuple[Any, ...], bool]]:
     """Arguments of the operator, and whether to go backward: many queries and one."""
 
@@ -97,34 +131,14 @@ def test_tiles_compile_and_fit(
     target: str, dtype: str, channels: int, rich: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """What the launches launch, compiled for a GPU that is not there: its shared memory, its registers, its instructions."""
-    import triton
-    from triton.runtime.jit import JITFunction
-
     from mmkernels.triton import attention as launches
 
-    compiled = []
-    run = JITFunction.run
-
-    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        compiled.append((self.fn.__name__, run(self, *args, grid=grid, warmup=True, **kwargs)))
-
-    monkeypatch.setattr(JITFunction, "run", compile_only)
-    monkeypatch.setattr(launches, "_make", lambda: "cuda" if target.startswith("sm_") else "hip")
-    monkeypatch.setattr(triton.runtime.driver, "_active", FakeDriver(target))
+    compiled = compiling(target, monkeypatch)
     for args, backward in calls(DTYPES[dtype], channels, rich):
         out, lse = launches.attention(*args)
         if backward:
             launches.attention_backward(out, lse, *args[:12], out, lse, *args[12:], rich, rich)
     assert {name for name, _ in compiled} >= (WITH_DOTS if rich else WITH_DOTS - {"bias_kernel"}) | {"combine_kernel"}
     for name, kernel in compiled:
-        shared = kernel.metadata.shared
-        assert shared <= min(TARGETS[target], 99 * 1024), f"{name}: {shared} bytes of shared memory"
-        if target.startswith("sm_"):
-            assert stack_bytes(kernel.asm["cubin"], tmp_path) == [0], f"{name}: registers spill"
-        else:  # scalar registers may spill: they go to lanes of vector registers
-            spills = re.findall(r"\.vgpr_spill_count:\s+(\d+)", kernel.asm["amdgcn"])
-            assert spills and set(spills) == {"0"}, f"{name}: registers spill: {spills}"
-        if name in WITH_DOTS and (dtype != "fp32" or target == "gfx942"):
-            assembly = kernel.asm["ptx" if target.startswith("sm_") else "amdgcn"]
-            # Tiles too small for the instructions of whole warp groups take those of warps.
-            assert MATRIX[target] in assembly or "mma.sync" in assembly, f"{name}: no matrix instructions"
+        with_matrix = name in WITH_DOTS and (dtype != "fp32" or target == "gfx942")
+        assert_kernel_fits(name, kernel, target, with_matrix, tmp_path)

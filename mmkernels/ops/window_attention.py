@@ -168,14 +168,33 @@ def _tier(arguments: backends.Arguments) -> str | None:
     return tiles_tier(arguments["qkv"], [(tokens, tokens)], dim, dim)
 
 
-# There are no Triton kernels of this family yet: on a GPU it runs, and says so, on the reference.
-BACKENDS = (backends.cpu(backends.VECTOR_TIERS, primary="qkv", tier_of=_tier), backends.REFERENCE)
+def _triton_reason(arguments: backends.Arguments) -> str | None:
+    from mmkernels.triton import window_attention as launches  # asked only where there is Triton
+
+    qkv, window = arguments["qkv"], arguments["window"]
+    channels = qkv.size(-1) // (3 * arguments["num_heads"])
+    if channels > launches.MAX_CHANNELS:
+        return f"heads of qkv have {channels} channels; the Triton kernels take {launches.MAX_CHANNELS}"
+    if math.prod(window) > launches.MAX_TOKENS:
+        return f"window has {math.prod(window)} tokens; the Triton kernels take {launches.MAX_TOKENS}"
+    padded = math.prod(-(-size // extent) * extent for size, extent in zip(qkv.shape[1:-1], window, strict=True))
+    if padded > launches.MAX_GRID:
+        return f"the grid has {padded} tokens with its pads; the Triton kernels take {launches.MAX_GRID}"
+    return None
+
+
+BACKENDS = (
+    backends.cpu(backends.VECTOR_TIERS, primary="qkv", tier_of=_tier),
+    backends.triton(backends.HALF_AND_SINGLE, primary="qkv", extra=_triton_reason),
+    backends.REFERENCE,
+)
 
 implement(
     _window_attention_op,
     BACKENDS,
     "qkv",
     check=_check_window_attention,
+    triton=backends.triton_kernel("window_attention", "window_attention"),
     reference=reference.window_attention_op,
 )
 implement(
@@ -183,6 +202,7 @@ implement(
     BACKENDS,
     "qkv",
     check=_check_window_attention_backward,
+    triton=backends.triton_kernel("window_attention", "window_attention_backward"),
     reference=reference.window_attention_backward_op,
 )
 

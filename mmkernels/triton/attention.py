@@ -10,6 +10,8 @@ from torch import Tensor
 
 from mmkernels.reference import attention as reference
 from mmkernels.triton import attention_kernels as kernels
+from mmkernels.triton import attention_launch as launch
+from mmkernels.triton.attention_launch import Tile
 
 _DECODE_ROWS = 16  # up to so many queries of one head of k, decoding kernels read its keys once for all of them
 _PART_KEYS = 256  # of which a part of the keys has at least as many
@@ -20,13 +22,12 @@ _DELTA_ROWS = 16
 # (BLOCK_M, BLOCK_N, warps, stages): what spills nowhere and keeps within the shared memory of the small GPUs of a make,
 # 99 KiB of CUDA's and 64 KiB of AMD's (python_tests/test_triton_attention.py compiles all of it). By kind of kernel, for
 # heads of up to 64, 128 and 256 channels, each for calls without and for calls with what makes them rich.
-_Tile = tuple[int, int, int, int]
-_Tiles = dict[str, tuple[tuple[_Tile, _Tile], ...]]
+_Tiles = dict[str, tuple[tuple[Tile, Tile], ...]]
 _CLASSES = (64, 128, 256)
 _RICH = ("bias", "mask", "limits", "segments_q", "gate", "softcap", "threshold")
 
 
-def _same(*tiles: _Tile) -> tuple[tuple[_Tile, _Tile], ...]:
+def _same(*tiles: Tile) -> tuple[tuple[Tile, Tile], ...]:
     return tuple((tile, tile) for tile in tiles)
 
 
@@ -94,14 +95,6 @@ _SINGLE: dict[str, _Tiles] = {
         "bias": _same((32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 4, 1)),
     },
 }
-
-
-def _make() -> str:
-    return "cuda" if torch.version.hip is None else "hip"
-
-
-def _block(channels: int) -> int:
-    return max(16, triton.next_power_of_2(channels))
 
 
 # --- operands -----------------------------------------------------------------------------------------------------------
@@ -231,7 +224,13 @@ class _Call:
             inner = 1 if self.packed else self.len_q
             values = self.channels[1]
             kernel[(triton.cdiv(rows, block),)](
-                **arguments, middle=self.heads, inner=inner, rows=rows, DV=values, BLOCK_DV=_block(values), **_options(4, 1)
+                **arguments,
+                middle=self.heads,
+                inner=inner,
+                rows=rows,
+                DV=values,
+                BLOCK_DV=launch.block(values),
+                **launch.options(4, 1),
             )
 
     def parts(self) -> int:
@@ -240,18 +239,13 @@ class _Call:
         return max(1, min(triton.cdiv(self.longest_k, _PART_KEYS), _PROGRAMS // programs, _PARTS))
 
 
-def _options(warps: int, stages: int) -> dict[str, Any]:
-    """Launch options; no fused multiply-adds of the compiler's choosing, as in the other families."""
-    return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
-
-
 def _tile(kind: str, single: bool, channels: int, values: int, rich: bool) -> tuple[dict[str, int], dict[str, Any]]:
     """(blocks, options) of a kind of kernel."""
-    block_d, block_dv = _block(channels), _block(values)
+    block_d, block_dv = launch.block(channels), launch.block(values)
     width = next(i for i, most in enumerate(_CLASSES) if most >= max(block_d, block_dv))
-    block_m, block_n, warps, stages = (_SINGLE if single else _HALF)[_make()][kind][width][rich]
+    block_m, block_n, warps, stages = (_SINGLE if single else _HALF)[launch.make()][kind][width][rich]
     blocks = {"D": channels, "DV": values, "BLOCK_D": block_d, "BLOCK_DV": block_dv}
-    return {**blocks, "BLOCK_M": block_m, "BLOCK_N": block_n}, _options(warps, stages)
+    return {**blocks, "BLOCK_M": block_m, "BLOCK_N": block_n}, launch.options(warps, stages)
 
 
 # --- operators ----------------------------------------------------------------------------------------------------------

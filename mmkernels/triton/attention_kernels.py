@@ -28,15 +28,14 @@ import triton
 import triton.language as tl
 
 from mmkernels.triton.attention_parts import (
-    LOG2E,
     address,
     dropout_factor,
     dropout_rows_of,
-    exponential,
     hide,
     interval,
     key_blocks,
     load_rows,
+    lse_of,
     per_token,
     place,
     query_blocks,
@@ -44,10 +43,12 @@ from mmkernels.triton.attention_parts import (
     score_rows,
     scores_of,
     sequence,
+    softmax_end,
+    softmax_step,
     store_rows,
+    weights_of,
 )
 
-LN2 = tl.constexpr(0.6931471805599453)
 FAR = tl.constexpr(256.0)  # of lse: from here on its rounding is more than 2^-17 of a weight
 
 # What differs from call to call and makes no kernel faster: never a reason to compile one anew.
@@ -131,12 +132,7 @@ def forward_kernel(
             if phase == 1:
                 segment_k = per_token(segments_k, b, 0, begin_k + j, j < len_k, 0)
                 s = hide(s, low, high, mask, mask_rows, segment_q, segment_k, i[:, None], j[None, :])
-            new_top = tl.maximum(top, tl.max(s, 1))
-            base = tl.where(new_top == float("-inf"), 0.0, new_top)
-            p = exponential(s - base[:, None], BASE2)
-            rescale = exponential(top - base, BASE2)
-            top = new_top
-            total = total * rescale + tl.sum(p, 1)
+            p, rescale, top, total = softmax_step(s, top, total, BASE2)
             if threshold is not None:
                 p *= dropout_factor(dropout_rows, j[None, :], threshold, keep_scale)
             if gate is not None:
@@ -144,17 +140,12 @@ def forward_kernel(
                 p *= factor.to(tl.float32)[None, :]
             values = load_rows(v_rows + start.to(tl.int64) * v[3], j < len_k, DV, BLOCK_DV, phase == 1)
             acc = tl.dot(p.to(values.dtype), values, acc * rescale[:, None], input_precision="ieee")
-    if BASE2:
-        top *= LN2
-    seen_any = total != 0.0
-    total = tl.where(seen_any, total, 1.0)
-    acc /= total[:, None]
+    acc, of_rows = softmax_end(acc, top, total, BASE2)
     part = 0
     if DECODE:
         part = tl.program_id(1).to(tl.int64) * split_rows
     out_rows = address(out, b, head, begin_q + i) + part * DV
     store_rows(out_rows, inside, acc, out[0].dtype.element_ty, DV, BLOCK_DV)
-    of_rows = tl.where(seen_any, top + tl.log(total), float("-inf"))
     tl.store(address(lse, b, head, begin_q + i) + part, of_rows, mask=inside)
 
 
@@ -201,24 +192,6 @@ def delta_kernel(
     tl.store(delta + row, total, mask=inside)
 
 
-@triton.jit
-def _lse_of(lse, b, head, token, inside, AXIS: tl.constexpr, BASE2: tl.constexpr):
-    """lse of queries, with a new axis for the tile; inf, which makes weights 0, for those that see nothing or are none."""
-    of_rows = tl.load(address(lse, b, head, token), mask=inside, other=float("inf"))
-    of_rows = tl.where(of_rows == float("-inf"), float("inf"), of_rows)
-    if BASE2:
-        of_rows *= LOG2E
-    return tl.expand_dims(of_rows, AXIS)
-
-
-@triton.jit
-def _weights(scores, of_rows, norm, BASE2: tl.constexpr):
-    p = exponential(scores - of_rows, BASE2)
-    if norm is not None:
-        p *= norm
-    return p
-
-
 @triton.jit(do_not_specialize=_SIZES)
 def queries_kernel(
     grad_out, grad_lse, q, k, v, lse, norm, delta, grad_q,
@@ -257,7 +230,7 @@ def queries_kernel(
 
     own_q = scaled(load_rows(address(q, b, head, begin_q + i), inside, D, BLOCK_D, True), scale, EXACT)
     upstream = load_rows(address(grad_out, b, head, begin_q + i), inside, DV, BLOCK_DV, True)
-    of_rows = _lse_of(lse, b, head, begin_q + i, inside, 1, BASE2)
+    of_rows = lse_of(lse, b, head, begin_q + i, inside, 1, BASE2)
     total = tl.zeros((BLOCK_M,), tl.float32)
     weighted = tl.zeros((BLOCK_M,), tl.float32)
     if not STATS:
@@ -279,7 +252,7 @@ def queries_kernel(
         s, slope = scores_of(products, scale, softcap, bias, bias_rows, i[:, None], j[None, :], EXACT, BASE2)
         segment_k = per_token(segments_k, b, 0, begin_k + j, j < len_k, 0)
         s = hide(s, low, high, mask, mask_rows, segment_q, segment_k, i[:, None], j[None, :])
-        p = _weights(s, of_rows, None if STATS else norm_rows, BASE2)
+        p = weights_of(s, of_rows, None if STATS else norm_rows, BASE2)
         dp = tl.dot(upstream, tl.trans(values), input_precision="ieee")
         if gate is not None:
             factor = tl.load(address(gate, b, kv_head, begin_k + j), mask=j < len_k, other=0.0)
@@ -352,7 +325,7 @@ def keys_kernel(
             exists = i < len_q
             queries = scaled(load_rows(q_rows + start.to(tl.int64) * q[3], exists, D, BLOCK_D, True), scale, EXACT)
             upstream = load_rows(grad_rows + start.to(tl.int64) * grad_out[3], exists, DV, BLOCK_DV, True)
-            of_rows = _lse_of(lse, b, head, begin_q + i, exists, 0, BASE2)
+            of_rows = lse_of(lse, b, head, begin_q + i, exists, 0, BASE2)
             norm_rows = per_token(norm, b, head, begin_q + i, exists, 0)
             centre = per_token(delta, b, head, begin_q + i, exists, 0)
             bias_rows = score_rows(bias, b, head, i, 0)
@@ -363,7 +336,7 @@ def keys_kernel(
             mask_rows = score_rows(mask, b, head, i, 0)
             low, high = interval(i[None, :], len_q, len_k, window_left, window_right, limit, BOTTOM_RIGHT)
             s = hide(s, low, high, mask, mask_rows, segment_q, segment_k, i[None, :], j[:, None])
-            p = _weights(s, of_rows, norm_rows, BASE2)
+            p = weights_of(s, of_rows, norm_rows, BASE2)
             kept = p
             dp = tl.dot(own_v, tl.trans(upstream), input_precision="ieee")
             if threshold is not None:
@@ -429,7 +402,7 @@ def bias_kernel(
                 upstream = load_rows(address(grad_out, b, head, begin_q + i), inside, DV, BLOCK_DV, True)
                 keys = load_rows(address(k, b, kv_head, begin_k + j), j < len_k, D, BLOCK_D, True)
                 values = load_rows(address(v, b, kv_head, begin_k + j), j < len_k, DV, BLOCK_DV, True)
-                of_rows = _lse_of(lse, b, head, begin_q + i, inside, 1, False)
+                of_rows = lse_of(lse, b, head, begin_q + i, inside, 1, False)
                 norm_rows = per_token(norm, b, head, begin_q + i, inside, 1)
                 centre = per_token(delta, b, head, begin_q + i, inside, 1)
                 limit = per_token(limits, b, 0, begin_q + i, inside, 1)
@@ -448,7 +421,7 @@ def bias_kernel(
                 if threshold is not None:
                     dropout_rows = dropout_rows_of(seed, b * heads + head, i)[:, None]
                     dp *= dropout_factor(dropout_rows, j[None, :], threshold, keep_scale)
-                acc += _weights(s, of_rows, norm_rows, False) * (dp - centre)
+                acc += weights_of(s, of_rows, norm_rows, False) * (dp - centre)
     i = q_tile * BLOCK_M + ii
     j = k_tile * BLOCK_N + jj
     grad = grad_bias + (own_b.to(tl.int64) * own_heads + own_head) * size_q * size_k

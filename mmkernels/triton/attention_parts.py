@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 GOLDEN = tl.constexpr(0x9E3779B9)
 
 
@@ -225,3 +226,43 @@ def dropout_factor(dropout_rows, j, threshold, keep_scale):
     """What dropout multiplies weights with: keep_scale where reference.dropout_keep says so, else 0."""
     kept = (_mix(dropout_rows + j.to(tl.uint32) * GOLDEN) >> 8) >= threshold.to(tl.uint32)
     return tl.where(kept, keep_scale, 0.0)
+
+
+# --- softmax ------------------------------------------------------------------------------------------------------------
+@triton.jit
+def softmax_step(scores, top, total, BASE2: tl.constexpr):
+    """(weights, what earlier sums of weights are multiplied with, top, total) after a block of keys more: weights are by
+    the highest score so far, `top`, and `total` adds them up."""
+    new_top = tl.maximum(top, tl.max(scores, 1))
+    base = tl.where(new_top == float("-inf"), 0.0, new_top)
+    p = exponential(scores - base[:, None], BASE2)
+    rescale = exponential(top - base, BASE2)
+    return p, rescale, new_top, total * rescale + tl.sum(p, 1)
+
+
+@triton.jit
+def softmax_end(acc, top, total, BASE2: tl.constexpr):
+    """(acc / total, lse) of rows after their last block; 0 and -inf where they have seen nothing."""
+    if BASE2:
+        top *= LN2
+    seen_any = total != 0.0
+    total = tl.where(seen_any, total, 1.0)
+    return acc / total[:, None], tl.where(seen_any, top + tl.log(total), float("-inf"))
+
+
+@triton.jit
+def lse_of(lse, b, head, token, inside, AXIS: tl.constexpr, BASE2: tl.constexpr):
+    """lse of queries, with a new axis for the tile; inf, which makes weights 0, for those that see nothing or are none."""
+    of_rows = tl.load(address(lse, b, head, token), mask=inside, other=float("inf"))
+    of_rows = tl.where(of_rows == float("-inf"), float("inf"), of_rows)
+    if BASE2:
+        of_rows *= LOG2E
+    return tl.expand_dims(of_rows, AXIS)
+
+
+@triton.jit
+def weights_of(scores, of_rows, norm, BASE2: tl.constexpr):
+    p = exponential(scores - of_rows, BASE2)
+    if norm is not None:
+        p *= norm
+    return p

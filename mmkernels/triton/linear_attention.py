@@ -311,7 +311,7 @@ def keys_backward_kernel(
     grad_out, q, k, v, grad_k, grad_v, inverse, gradient, mask, shift, s, z, cu_k, tiles, sequences, heads, group, len_k,
     mask_batch, mask_row,
     MAP: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_DV: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gradients of BLOCK keys and values of one head; s and z are gradients of the state. grid: (heads of k * tiles,)."""
     owner = tl.program_id(0) // tiles
@@ -324,12 +324,13 @@ def keys_backward_kernel(
     inside = row < length
     counts = counted_keys(mask, mask_batch, mask_row, b, begin + row, inside)
     x, f = key_rows(k, shift, b, owner, heads, begin + row, counts, MAP, D, BLOCK_D)
-    values = load_rows(address(v, b, owner, begin + row), inside, DV, BLOCK_DV, True)
     state = (tile if CAUSAL else b) * heads + owner
-    of_state = load_state(s, state, D, DV, BLOCK_D, BLOCK_DV).to(f.dtype)
-    of_keys = tl.dot(values, tl.trans(of_state), input_precision="ieee") + load_sums(z, state, D, BLOCK_D)[None, :]
-    of_values = tl.dot(f, of_state, input_precision="ieee")
+    of_keys = tl.zeros((BLOCK, BLOCK_D), tl.float32) + load_sums(z, state, D, BLOCK_D)[None, :]
     if CAUSAL:
+        values = load_rows(address(v, b, owner, begin + row), inside, DV, BLOCK_DV, True)
+        of_state = load_state(s, state, D, DV, BLOCK_D, BLOCK_DV).to(f.dtype)
+        of_keys = tl.dot(values, tl.trans(of_state), of_keys, input_precision="ieee")
+        of_values = tl.dot(f, of_state, input_precision="ieee")
         sees = row[:, None] >= row[None, :]
         for n in range(group):
             head = owner * group + n
@@ -343,9 +344,21 @@ def keys_backward_kernel(
             slopes = tl.where(sees, slopes, 0.0).to(values.dtype)
             of_keys = tl.dot(tl.trans(slopes), h, of_keys, input_precision="ieee")
             of_values = tl.dot(tl.trans(scores), upstream, of_values, input_precision="ieee")
+        store_rows(address(grad_v, b, owner, begin + row), inside, of_values, grad_v[0].dtype.element_ty, DV, BLOCK_DV)
+    else:  # some channels of v after the other: LLVM fails on the two products of a whole state in float32
+        ee = tl.arange(0, BLOCK_E)
+        d = tl.arange(0, BLOCK_D)
+        for first in range(0, DV, BLOCK_E):
+            e = first + ee
+            here = inside[:, None] & (e < DV)[None, :]
+            values = tl.load(address(v, b, owner, begin + row)[:, None] + e[None, :], mask=here, other=0.0)
+            at = s + state.to(tl.int64) * D * DV + d[:, None] * DV + e[None, :]
+            of_state = tl.load(at, mask=(d < D)[:, None] & (e < DV)[None, :], other=0.0).to(f.dtype)
+            of_keys = tl.dot(values, tl.trans(of_state), of_keys, input_precision="ieee")
+            of_values = tl.dot(f, of_state, input_precision="ieee").to(grad_v[0].dtype.element_ty)
+            tl.store(address(grad_v, b, owner, begin + row)[:, None] + e[None, :], of_values, mask=here)
     of_keys = tl.where(counts[:, None], times_slope(of_keys, x, MAP), 0.0)
     store_rows(address(grad_k, b, owner, begin + row), inside, of_keys, grad_k[0].dtype.element_ty, D, BLOCK_D)
-    store_rows(address(grad_v, b, owner, begin + row), inside, of_values, grad_v[0].dtype.element_ty, DV, BLOCK_DV)
 
 
 # --- launches -----------------------------------------------------------------------------------------------------------
@@ -356,8 +369,8 @@ _ELEMENTS = 256
 # takes, by the make of the GPU (python_tests/test_triton_linear_attention.py compiles all of it).
 _Tile = tuple[int, int, dict[str, int]]
 _HALF: dict[str, _Tile] = {"cuda": (32, 8, {"queries_kernel": 4}), "hip": (32, 4, {})}
-_SINGLE: dict[str, _Tile] = {"cuda": (16, 8, {"keys_backward_kernel": 4}), "hip": (16, 8, {})}
-_MOST_VALUES = 32  # channels of v that one program sums
+_SINGLE: dict[str, _Tile] = {"cuda": (16, 8, {}), "hip": (16, 8, {})}
+_MOST_VALUES = 32  # channels of v whose sums, or gradients, are at hand
 
 
 def _make() -> str:
@@ -605,6 +618,7 @@ def linear_attention_backward(
         grad_k=call.operand(grad_k),
         grad_v=call.operand(grad_v),
         shift=call.shift,
+        BLOCK_E=min(_block(v.size(-1)), _MOST_VALUES),
         cu_k=call.cu_k,
         len_k=call.len_k,
     )
