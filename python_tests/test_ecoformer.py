@@ -85,7 +85,7 @@ def test_golden_block(packed: bool) -> None:
         return {"out": out.detach(), "grad.x": x.grad} | {f"grad.w.{n}": p.grad for n, p in block.named_parameters()}
 
     exact, plain = run(torch.float64, False), run(torch.float32, False)
-    ran()
+    mk.last_kernels(clear=True)
     ours = run(torch.float32, True)
     assert {"linear", "ecoformer_attention", "ecoformer_attention_backward"} <= ran()
     assert {name for name in tensors if name.startswith(("grad.", "out"))} == exact.keys()
@@ -466,7 +466,7 @@ def test_kernels_equal_plain_torch(make: Callable[..., Pyramid], kind: str) -> N
         # Where a pre-activation is within rounding of 0, its sign is anybody's.
         assert margin(model, images) > 5e-5
     assert model.kernels
-    ran()
+    mk.last_kernels(clear=True)
     ours = run_model(model, images, torch.float32)
     attended = {"hash": "ecoformer_attention", "linear": "linear_attention", "softmax": "attention"}[kind]
     assert {"linear", attended, f"{attended}_backward"} <= ran()
