@@ -1,4 +1,4 @@
-"""Operators interpreted and held against their definition, for triton_attention.py and triton_window_attention.py."""
+"""Operators interpreted and held against their definition, for the triton_*.py that run them."""
 
 from __future__ import annotations
 
