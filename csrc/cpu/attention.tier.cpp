@@ -128,9 +128,9 @@ class Forward {
 
   void run_rows(const Pair& pair, int64_t begin, int64_t end) {
     const int64_t block = equal_blocks(pair.len_k, forward_keys, Products::key_unit);
-    const int64_t steps = (end - begin + lanes - 1) / lanes;
+    const int64_t steps = ceil_div(end - begin, lanes);
     for (int64_t group = begin; group < end; group += group_panels * lanes) {
-      const int64_t count = least(group_panels, (end - group + lanes - 1) / lanes);
+      const int64_t count = least(group_panels, ceil_div(end - group, lanes));
       State states[group_panels];
       Panel<A> panels[group_panels];
       bool started[group_panels] = {};

@@ -2,6 +2,7 @@
 // the gradient of the output and centre = row sums of dO O - dlse = row sums of W (dO V^T) - dlse:
 //   dV = W^T dO ;  dS = W (dO V^T - centre) ;  dK = dS^T Q ;  dQ = dS K ;  dbias = dS
 // A task owns dK and dV of its pairs, and dQ of its rows; blocks of keys outermost, panels of rows inside.
+#include "attention_gradients.h"
 #include "attention_scores.h"
 #include "attention_vectors.h"
 #if MMK_TIER_ID(MMK_TIER) == MMK_TIER_IS_amx
@@ -52,7 +53,7 @@ class Backward {
     memory = static_cast<A*>(scratch);
     products.begin(scratch);
     const int64_t members = (back.group_batch ? call.batch : 1) * (back.group_heads ? call.kv_heads : 1);
-    const int64_t run_length = (members + back.chunks - 1) / back.chunks;
+    const int64_t run_length = ceil_div(members, back.chunks);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t split = task % back.splits, chunk = task / back.splits % back.chunks;
       const int64_t group = task / back.splits / back.chunks;
@@ -121,7 +122,7 @@ class Backward {
                 int64_t chunk) {
     bool started = false;
     for (int64_t row = first; row < last; row += gathered_panels * lanes) {
-      const int64_t panels = least(gathered_panels, (last - row + lanes - 1) / lanes);
+      const int64_t panels = least(gathered_panels, ceil_div(last - row, lanes));
       bool seen[gathered_panels], any = false;
       for (int64_t p = 0; p < panels; ++p) {
         const Intervals<A> intervals(call, pair, Panel<A>(pair, row + p * lanes, last));
@@ -130,7 +131,7 @@ class Backward {
       }
       if (!any) continue;
       for (int64_t p = 0; p < panels; ++p) {
-        if (key == 0) prefetch((row - begin) / lanes + p, (end - begin + lanes - 1) / lanes);
+        if (key == 0) prefetch((row - begin) / lanes + p, ceil_div(end - begin, lanes));
         if (seen[p]) {
           const Panel<A> panel(pair, row + p * lanes, last);
           with_vectors(panel.vectors(), [&]<int vectors>() {
@@ -196,9 +197,7 @@ class Backward {
         const T* grad = upstream(lane);
         if (grad && !at_once(pair)) {
           const T* out = pair.at<T>(call.out, head, i, pair.first_q);
-          centre[r] = sum_over<A>(call.value_dim, [&](Register sum, int64_t k, int64_t count) {
-            return V::fma(load_lanes<A>(out + k, count), load_lanes<A>(grad + k, count), sum);
-          });
+          centre[r] = dot<A>(out, grad, call.value_dim);
         }
         const int64_t at = pair.b * call.lse_batch + head * call.lse_head + (pair.first_q + i) * call.lse_row;
         lse[r] = static_cast<const A*>(call.lse)[at];
@@ -319,7 +318,7 @@ class Backward {
         }
     }
     if (dropout.any) dropout.apply(call, pair, panel, first, last, weight, products.dropped(p, count));
-    if (back.grad_bias) add_to_bias<vectors>(pair, panel, first, last, chunk, grad);
+    if (back.grad_bias) add_to_bias<A, vectors>(back, pair, panel, first, last, chunk, grad);
     if (call.softcap > 0) {
       const Register inverse = V::set(static_cast<A>(1 / call.softcap)), one = V::set(A(1));
       for (int64_t j = 0; j < count; ++j)
@@ -331,59 +330,6 @@ class Backward {
     }
     products.template weigh<vectors>(pair, panel, row, first, last, grad);
     products.template keep<vectors>(panel, row, p, count);
-  }
-
-  // Adds a panel's gradients of scores to those of the bias, row after row: rows that share a bias are added in their order.
-  // A bias that is broadcast over queries or keys has long sums, kept in double.
-  template <int vectors>
-  void add_to_bias(const Pair& pair, const Panel<A>& panel, int64_t first, int64_t last, int64_t chunk, const A* grad) const {
-    const int64_t count = last - first, base = chunk * back.bias_chunk + pair.b * back.bias_batch;
-    const auto row = [&](int64_t lane) {
-      return base + panel.head[lane] * back.bias_head + panel.query[lane] * back.bias_row + first * back.bias_col;
-    };
-    if (back.bias_col == 0) {
-      A sums[lanes];
-      for (int v = 0; v < vectors; ++v) {
-        Register chains[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
-        for (int64_t j = 0; j < count; ++j) chains[j % 4] = chains[j % 4] + V::load(grad + j * lanes + v * V::width);
-        V::store(sums + v * V::width, (chains[0] + chains[1]) + (chains[2] + chains[3]));
-      }
-      for (int64_t lane = 0; lane < panel.count; ++lane) static_cast<double*>(back.grad_bias)[row(lane)] += static_cast<double>(sums[lane]);
-      return;
-    }
-    if (back.bias_row == 0) {
-      for (int64_t begin = 0; begin < panel.count;) {  // the lanes of one head together; those beyond `count` are 0
-        int64_t end = begin + 1;
-        while (end < panel.count && panel.head[end] == panel.head[begin]) ++end;
-        double* to = static_cast<double*>(back.grad_bias) + row(begin);
-        for (int64_t j = 0; j < count; ++j) {
-          A sum = A(0);
-          if (begin == 0 && end == panel.count) {
-            for (int v = 0; v < vectors; ++v) sum += V::sum(V::load(grad + j * lanes + v * V::width));
-          } else {
-            for (int64_t lane = begin; lane < end; ++lane) sum += grad[j * lanes + lane];
-          }
-          to[j] += static_cast<double>(sum);
-        }
-        begin = end;
-      }
-      return;
-    }
-    A* sums = static_cast<A*>(back.grad_bias);
-    for (int v = 0; v < vectors; ++v)
-      for (int64_t j = 0; j < count; j += V::width) {
-        const int64_t left = least(count - j, V::width);
-        Register square[V::width];
-        for (int i = 0; i < V::width; ++i)
-          square[i] = i < left ? V::load(grad + (j + i) * lanes + v * V::width) : V::zero();
-        V::transpose(square);
-        for (int i = 0; i < V::width; ++i) {
-          const int64_t lane = v * V::width + i;
-          if (lane >= panel.count) break;
-          A* to = sums + row(lane) + j;
-          store_lanes<A>(to, load_lanes<A>(to, left) + square[i], left);
-        }
-      }
   }
 
   // dK and dV of the keys [first, first + count), from the sums of a block.
@@ -404,15 +350,12 @@ class Backward {
     for (int64_t j = 0; j < count; ++j) {
       A *grad = of_keys + j * dim, *value_grad = of_values + j * value_dim;
       const int64_t key = first + j;
-      if (call.normalise > 0) along_sphere(products.unit_key(pair, key), products.key_factor(key), grad);
+      if (call.normalise > 0) along_sphere(products.unit_key(pair, key), products.key_factor(key), call.dim, grad);
       if (call.gate) {
         const T* value = pair.key<T>(call.v, key);
         if (back.grad_gate) {
-          const A product = sum_over<A>(call.value_dim, [&](Register sum, int64_t k, int64_t width) {
-            return V::fma(load_lanes<A>(value + k, width), load_lanes<A>(value_grad + k, width), sum);
-          });
           static_cast<A*>(back.grad_gate)[pair.b * back.grad_gate_batch + pair.h * back.grad_gate_head +
-                                          (pair.first_k + key) * back.grad_gate_row] = product;
+                                          (pair.first_k + key) * back.grad_gate_row] = dot<A>(value, value_grad, call.value_dim);
         }
         const Register factor = V::set(gate_of<A>(call, pair, key));
         for (int64_t k = 0; k < value_dim; k += V::width) V::store(value_grad + k, V::load(value_grad + k) * factor);
@@ -426,29 +369,6 @@ class Backward {
       store_row(grad, call.dim, stream_keys, pair.key<T>(back.grad_k, key));
       store_row(value_grad, call.value_dim, stream_values, pair.key<T>(back.grad_v, key));
     }
-  }
-
-  static void store_row(const A* from, int64_t channels, bool stream, T* to) {
-    if (stream) {
-      for (int64_t k = 0; k < channels; k += V::width) V::stream(to + k, V::load(from + k));
-      return;
-    }
-    for_each_vector<A>(channels, [&](int64_t k, int64_t width) { store_lanes<A>(to + k, load_lanes<A>(from + k, width), width); });
-  }
-
-  // The gradient of x from that of its unit vector: what lies across it, over its norm. `unit` is x times |factor|.
-  void along_sphere(const A* unit, A factor, A* grad) const {
-    A along = A(0);
-    if (factor > 0) {
-      along = sum_over<A>(call.dim, [&](Register sum, int64_t k, int64_t width) {
-        return V::fma(load_lanes<A>(unit + k, width), load_lanes<A>(grad + k, width), sum);
-      });
-    }
-    const Register part = V::set(-along), scale = V::set(size_of(factor));
-    for_each_vector<A>(call.dim, [&](int64_t k, int64_t width) {
-      const Register across = V::fma(part, load_lanes<A>(unit + k, width), load_lanes<A>(grad + k, width));
-      store_lanes<A>(grad + k, across * scale, width);
-    });
   }
 
   void store_queries(const Pair& pair, const Panel<A>& panel, int64_t row) {
@@ -480,17 +400,13 @@ class Backward {
       for_each_vector<A>(call.dim, [&](int64_t k, int64_t width) {
         store_lanes<A>(unit + k, load_lanes<A>(query + k, width) * V::set(size), width);
       });
-      if (back.grad_scale) {
-        const A product = sum_over<A>(call.dim, [&](Register sum, int64_t k, int64_t width) {
-          return V::fma(load_lanes<A>(unit + k, width), load_lanes<A>(grad + k, width), sum);
-        });
-        back.grad_scale[pair.b * call.heads + panel.head[lane]] += static_cast<double>(product);
-      }
+      if (back.grad_scale)
+        back.grad_scale[pair.b * call.heads + panel.head[lane]] += static_cast<double>(dot<A>(unit, grad, call.dim));
       const Register scale = V::set(factors[lane]);
       for_each_vector<A>(call.dim, [&](int64_t k, int64_t width) {
         store_lanes<A>(grad + k, load_lanes<A>(grad + k, width) * scale, width);
       });
-      if (call.normalise > 0) along_sphere(unit, factor, grad);
+      if (call.normalise > 0) along_sphere(unit, factor, call.dim, grad);
       store_row(grad, call.dim, stream_queries, result);
     }
   }
@@ -522,10 +438,10 @@ void attention_backward_bfloat16(const AttentionBackward& call, int64_t begin, i
   Backward<bfloat16, BackwardVectors<bfloat16>>(call).run(begin, end, scratch);
 }
 #else
-#define MMK_ATTENTION_BACKWARD(type, name)                                                                \
-  int64_t name##_bytes(const AttentionBackward& call) { return Backward<type, BackwardVectors<type>>(call).bytes(); }            \
-  void name(const AttentionBackward& call, int64_t begin, int64_t end, void* scratch) {                   \
-    Backward<type, BackwardVectors<type>>(call).run(begin, end, scratch);                                                        \
+#define MMK_ATTENTION_BACKWARD(type, name)                                                                                \
+  int64_t name##_bytes(const AttentionBackward& call) { return Backward<type, BackwardVectors<type>>(call).bytes(); }     \
+  void name(const AttentionBackward& call, int64_t begin, int64_t end, void* scratch) {                                   \
+    Backward<type, BackwardVectors<type>>(call).run(begin, end, scratch);                                                 \
   }
 MMK_ATTENTION_BACKWARD(float, attention_backward_float32)
 MMK_ATTENTION_BACKWARD(bfloat16, attention_backward_bfloat16)

@@ -1,12 +1,11 @@
 // Which kernels a call of attention runs: matrix tiles, where they pay, or vectors.
 #include "attention.h"
+#include "core/integers.h"
 #include "core/export.h"
 #include "core/tier.h"
 
 namespace mmk {
 namespace {
-
-int64_t parts(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
 // Whether a call has a pair that goes to tiles; packed sequences choose one by one.
 bool has_pair_for_tiles(const AttentionCall& call) {
@@ -29,8 +28,8 @@ bool has_pair_for_tiles(const AttentionCall& call) {
 bool tiles_pay(int64_t rows, int64_t keys, int64_t dim, int64_t value_dim) {
   constexpr int64_t few_rows = 4;
   if (rows <= few_rows || (rows <= tiny_rows && keys <= tiny_keys)) return false;
-  const int64_t blocks = parts(rows, 16);
-  const int64_t products = blocks * (parts(keys, 16) * parts(dim, 32) + parts(keys, 32) * parts(value_dim, 16));
+  const int64_t blocks = ceil_div(rows, 16);
+  const int64_t products = blocks * (ceil_div(keys, 16) * ceil_div(dim, 32) + ceil_div(keys, 32) * ceil_div(value_dim, 16));
   const int64_t vectors = blocks * keys * (dim + value_dim);
   return 16 * products + 5 * blocks * keys + keys * value_dim / 4 < vectors / 2;
 }

@@ -4,6 +4,7 @@
 
 #include "../common/arguments.h"
 #include "attention.h"
+#include "core/integers.h"
 #include "core/parallel.h"
 #include "core/scratch.h"
 
@@ -43,13 +44,13 @@ inline std::int64_t read_lengths(const Tensor& cu, const char* name, const Tenso
   to = integers_of(cu);
   const std::size_t batch = static_cast<std::size_t>(cu.size(0) - 1);
   check(to[0] == 0, name, "expected to begin with 0, got ", to[0]);
-  std::int64_t most = 0;
+  std::int64_t longest = 0;
   for (std::size_t i = 0; i < batch; ++i) {
     check(to[i + 1] >= to[i], name, "expected to ascend, got ", to[i], " before ", to[i + 1]);
-    most = std::max(most, to[i + 1] - to[i]);
+    longest = std::max(longest, to[i + 1] - to[i]);
   }
   check(to[batch] == longest_one, name, "expected to end with the number of tokens, ", longest_one, ", got ", to[batch]);
-  longest_one = most;
+  longest_one = longest;
   return static_cast<std::int64_t>(batch);
 }
 
@@ -86,7 +87,7 @@ inline std::int64_t tiny_work(const AttentionCall& call) {
 inline std::int64_t cut_into_items(AttentionCall& call, bool shared_addends) {
   const std::int64_t rows = call.heads / call.kv_heads * call.len_q;
   call.block_rows = rows <= 384 ? std::max<std::int64_t>(rows, 1) : 256;
-  call.blocks = (rows + call.block_rows - 1) / call.block_rows;
+  call.blocks = ceil_div(rows, call.block_rows);
   // What all batch entries share is laid out once, for all heads if that stays in the second-level cache: their rows lie side
   // by side in memory.
   constexpr std::int64_t kept_elements = 1 << 17;
@@ -104,7 +105,7 @@ inline std::int64_t cut_into_tasks(AttentionBackward& back, std::int64_t bias_el
   if (back.group_batch && bias_elements <= kept_elements && call.batch >= wanted) back.group_heads = true;
   const std::int64_t members = (back.group_batch ? call.batch : 1) * (back.group_heads ? call.kv_heads : 1);
   const std::int64_t groups = call.batch * call.kv_heads / std::max<std::int64_t>(1, members);
-  back.chunks = std::clamp<std::int64_t>((wanted + groups - 1) / std::max<std::int64_t>(1, groups), 1, std::max<std::int64_t>(1, members));
+  back.chunks = std::clamp<std::int64_t>(ceil_div(wanted, most(1, groups)), 1, most(1, members));
   while (back.chunks > 1 && back.chunks * bias_elements > most_elements) back.chunks /= 2;
   return groups * back.chunks * back.splits;
 }

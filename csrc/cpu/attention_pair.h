@@ -5,19 +5,14 @@
 // q [D][lanes], scores [keys][lanes], out [Dv][lanes]. So a softmax over keys is arithmetic between whole vectors, and the
 // weights are already what the product with the values reads.
 #pragma once
-#include "attention.h"
+#include "attention_rows.h"
 #include "core/math.h"
-#include "core/rows.h"
 
 namespace mmk::MMK_TIER {
 namespace {
 
 template <class A>
 inline constexpr int lanes_of = 2 * Vec<A>::width;
-
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t most(int64_t a, int64_t b) { return a < b ? b : a; }
-inline int64_t rounded_up(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
 
 // Forward: panels whose scores one block of keys meets in a row, while it is in the second-level cache; and keys of a block.
 inline constexpr int64_t group_panels = 4;
@@ -184,13 +179,6 @@ inline void prefetch_rows(const Pair& pair, const AttentionOperand& operand, int
   }
 }
 
-// [count, channels] accumulators, one row after the other.
-template <class A>
-struct Staged {
-  const A* data;
-  int64_t row;
-};
-
 // Keys or values of a pair as accumulators: where they lie, if they lie as the products read them, else copied to `to`.
 // `row_factor(j)`: each row's factor, 1 where there is none.
 template <class A, class T, bool scaled, class F>
@@ -296,18 +284,10 @@ inline void stage_pair(const AttentionCall& call, const Pair& pair, A* to_keys, 
   }
 }
 
-// Whether an operand's rows may be written past the cache.
-template <class T>
-inline bool rows_stream(const AttentionCall& call, const AttentionOperand& to, int64_t channels) {
-  const T* data = static_cast<const T*>(to.data);
-  return call.stream && rows_aligned<T>(data, channels) && rows_aligned<T>(data, to.row) && rows_aligned<T>(data, to.head) &&
-         rows_aligned<T>(data, to.batch);
-}
-
 // Equal blocks of `most_keys` keys at most, of whole `unit`s: a call's scores are added up in an order that its Lk alone decides.
 inline int64_t equal_blocks(int64_t len_k, int64_t most_keys, int64_t unit) {
-  const int64_t blocks = most((len_k + most_keys - 1) / most_keys, 1);
-  return rounded_up(most((len_k + blocks - 1) / blocks, 1), unit);
+  const int64_t blocks = most(ceil_div(len_k, most_keys), 1);
+  return rounded_up(most(ceil_div(len_k, blocks), 1), unit);
 }
 
 }  // namespace

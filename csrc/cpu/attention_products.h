@@ -52,7 +52,7 @@ template <class A>
 inline void gather_panels(const A* weights, int64_t panel_stride, int64_t panels, int64_t last_count, int64_t keys, const A* rows,
                           int64_t channels, bool accumulate, A* to) {
   constexpr int width = Vec<A>::width, lanes = lanes_of<A>;
-  const int64_t padded = (channels + width - 1) / width * width;
+  const int64_t padded = rounded_up(channels, width);
   LaneProduct<A> product{weights, lanes, 1,      rows,   padded, lanes, panels, panel_stride, last_count,
                          to,      padded, accumulate};
   for (int64_t channel = 0; channel < padded; channel += lanes) {

@@ -121,7 +121,7 @@ class Tiny {
     v = part(c.v, c.len_k, c.value_dim);
     out = part(back ? back->grad_out : c.out, c.len_q, c.value_dim);
     weights_at = take(c.len_q * c.len_k);
-    added_at = take((c.len_q * c.len_k + width - 1) / width);
+    added_at = take(ceil_div(c.len_q * c.len_k, width));
     if (back) {
       grad_q = part(back->grad_q, c.len_q, c.dim);
       grad_k = part(back->grad_k, c.len_k, c.dim);
@@ -131,7 +131,7 @@ class Tiny {
     elements = end;
   }
 
-  int64_t items() const { return (call.batch + width - 1) / width * (call.heads / together); }
+  int64_t items() const { return ceil_div(call.batch, width) * (call.heads / together); }
   int64_t bytes() const { return elements * static_cast<int64_t>(sizeof(A)); }
 
   void run(int64_t begin, int64_t end, void* scratch) {

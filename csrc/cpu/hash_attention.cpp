@@ -37,7 +37,7 @@ Tensor hash_attention(Tensor v, Tensor codes_q, Tensor codes_k, std::int64_t bit
     return out;
   }
   const Chunks of_keys(keys.rows), of_queries(queries.rows);
-  Workspace memory;
+  Workspace memory(ScratchUse::hash_attention);
   const std::int64_t state_bytes = state.size() * numbers.wide, parts = std::max<std::int64_t>(1, of_keys.count);
   const std::int64_t of_sums = memory.add(heads * parts * state_bytes);
   memory.allocate();
@@ -95,7 +95,7 @@ Tensor hash_attention_backward(Tensor grad, Tensor codes_q, Tensor codes_k, std:
   char* to = static_cast<char*>(out.mutable_data_ptr());
   const Chunks of_keys(keys.rows), of_queries(queries.rows);
   const std::int64_t parts = std::max(of_keys.count, of_queries.count);
-  Workspace memory;
+  Workspace memory(ScratchUse::hash_attention);
   const std::int64_t state_bytes = state.size() * numbers.wide, count_bytes = only_counts.size() * numbers.wide;
   const std::int64_t of_sums = memory.add(heads * parts * state_bytes), of_counts = memory.add(heads * parts * count_bytes);
   const std::int64_t of_inverse = memory.add(heads * queries.rows * numbers.wide);

@@ -6,6 +6,7 @@
 // columns, so that they stay in the first-level cache.
 #include "hash_attention.h"
 
+#include "core/integers.h"
 #include "core/math.h"
 
 namespace mmk::MMK_TIER {
@@ -19,7 +20,7 @@ struct BitGroups {
   int rows = 0;
 
   BitGroups(int64_t of_code, int most) {
-    count = static_cast<int>((of_code + most - 1) / most);
+    count = static_cast<int>(ceil_div(of_code, most));
     int bit = 0;
     for (int g = 0; g < count; ++g) {
       first[g] = bit;
@@ -67,7 +68,7 @@ struct Block {
   using V = Vec<A>;
   static constexpr int64_t most = block_vectors(V::width);
   int64_t cols;
-  int64_t vectors() const { return whole ? most : (cols + V::width - 1) / V::width; }
+  int64_t vectors() const { return whole ? most : ceil_div(cols, V::width); }
   int64_t lanes(int64_t v) const { return whole || cols - v * V::width > V::width ? V::width : cols - v * V::width; }
 };
 

@@ -145,7 +145,7 @@ Tensor hash_codes(Tensor qk, Tensor supports, Tensor projection, Tensor mean) {
   Tensor out = new_tensor(qk, {hashing.rows.batch, hashing.rows.heads, hashing.rows.rows}, aoti_torch_dtype_int32());
   trace("hash_codes", hashing.numbers.codes.name);
   if (hashing.empty()) return out;
-  Workspace memory;
+  Workspace memory(ScratchUse::hash_attention);
   hashing.reserve(memory);
   memory.allocate();
   hashing.prepare(memory);
@@ -196,7 +196,7 @@ FourTensors ecoformer_attention(Tensor qk, Tensor v, Tensor supports, Tensor pro
   }
   const Chunks& chunks = hashing.chunks;
   const std::int64_t state_bytes = state.size() * numbers.wide, row_bytes = values.cols * values.bytes;
-  Workspace memory;
+  Workspace memory(ScratchUse::hash_attention);
   hashing.reserve(memory);
   const std::int64_t of_sums = memory.add(hashing.heads * chunks.count * state_bytes);
   const std::int64_t of_codes = memory.add(keep ? 0 : hashing.heads * rows.rows * 4);
@@ -286,7 +286,7 @@ std::tuple<Tensor, Tensor> ecoformer_attention_backward(Tensor grad, Tensor qk, 
   const Chunks& chunks = hashing.chunks;
   const std::int64_t state_bytes = state.size() * numbers.wide, row_bytes = values.cols * values.bytes;
   const std::int64_t qk_row_bytes = rows.cols * rows.bytes, heads = hashing.heads;
-  Workspace memory;
+  Workspace memory(ScratchUse::hash_attention);
   hashing.reserve(memory);
   const std::int64_t of_slopes = memory.add(heads * chunks.count * state_bytes);
   const std::int64_t of_inverse = memory.add(heads * rows.rows * numbers.wide);

@@ -10,6 +10,7 @@
 #include <limits>
 
 #include "../common/arguments.h"
+#include "core/integers.h"
 #include "core/parallel.h"
 #include "core/scratch.h"
 #include "core/tier.h"
@@ -78,9 +79,9 @@ inline void check_attention(std::int64_t bits, double offset) {
 // --- chunks and passes ----------------------------------------------------------------------------------------------------
 struct Chunks {
   std::int64_t rows, count;
-  explicit Chunks(std::int64_t of_rows) : rows(of_rows), count((of_rows + chunk_rows - 1) / chunk_rows) {}
+  explicit Chunks(std::int64_t of_rows) : rows(of_rows), count(ceil_div(of_rows, chunk_rows)) {}
   // Whole tiles of every tier but for the last.
-  std::int64_t begin(std::int64_t chunk) const { return std::min(rows, (rows * chunk / count + 31) / 32 * 32); }
+  std::int64_t begin(std::int64_t chunk) const { return std::min(rows, rounded_up(rows * chunk / count, 32)); }
   std::int64_t end(std::int64_t chunk) const { return chunk + 1 == count ? rows : begin(chunk + 1); }
   int group_bits() const { return group_bits_of(count > 0 ? rows / count : 0); }
 };
@@ -125,22 +126,6 @@ void add_up(A* sums, std::int64_t chunks, std::int64_t size) {
   for (std::int64_t chunk = 1; chunk < chunks; ++chunk)
     for (std::int64_t i = 0; i < size; ++i) sums[i] += sums[chunk * size + i];
 }
-
-// The memory of one call, cut into parts in cache lines of their own.
-class Workspace {
- public:
-  std::int64_t add(std::int64_t bytes) {
-    const std::int64_t offset = bytes_;
-    bytes_ += (bytes + 63) / 64 * 64;
-    return offset;
-  }
-  void allocate() { base_ = scratch_of<char>(ScratchUse::hash_attention, bytes_); }
-  char* at(std::int64_t offset) const { return base_ + offset; }
-
- private:
-  std::int64_t bytes_ = 0;
-  char* base_ = nullptr;
-};
 
 inline void* tables(std::int64_t accumulator_bytes) {
   return scratch(ScratchUse::hash_tables,

@@ -333,7 +333,7 @@ std::tuple<Tensor, Tensor, Tensor> mlp(Tensor x, Tensor w_in, Tensor w_out, Mayb
   if (rows.rows == 0) return {out, pre, pre_gate};
 
   const std::int64_t most = std::min(rows_at_once(*w.in.how.arithmetic, rows.cols), rows_at_once(*w.out.how.arithmetic, hidden));
-  const std::int64_t groups = (rows.rows + most - 1) / most;
+  const std::int64_t groups = ceil_div(rows.rows, most);
   if (groups > 1) {
     w.in.pack_for_this_call(x);
     w.out.pack_for_this_call(x);
@@ -347,11 +347,11 @@ std::tuple<Tensor, Tensor, Tensor> mlp(Tensor x, Tensor w_in, Tensor w_out, Mayb
   const bool direct = hidden > 0 && feeds(*w.in.how.arithmetic, *w.out.how.arithmetic);
   // Cut at whole panels, so that no group computes part of one twice.
   const std::int64_t panel = w.in.how.arithmetic->panel_rows;
-  const std::int64_t panels = (rows.rows + panel - 1) / panel;
+  const std::int64_t panels = ceil_div(rows.rows, panel);
   for (std::int64_t group = 0; group < groups; ++group) {
     const std::int64_t begin = panels * group / groups * panel;
     const std::int64_t count = std::min(panels * (group + 1) / groups * panel, rows.rows) - begin;
-    const std::int64_t count_panels = (count + panel - 1) / panel;
+    const std::int64_t count_panels = ceil_div(count, panel);
     char* between = scratch_of<char>(
         ScratchUse::hidden, direct ? count_panels * w.out.how.arithmetic->a_panel_bytes(hidden) : count * hidden * size);
     GemmCall first = call_of(w.in.how, number, count, hidden, rows.cols);

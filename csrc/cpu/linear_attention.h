@@ -6,6 +6,7 @@
 // bits among others as by itself.
 #pragma once
 #include "attention.h"
+#include "core/integers.h"
 
 namespace mmk {
 
@@ -78,16 +79,16 @@ inline constexpr int64_t linear_attention_chunk = 64;    // rows whose features 
 inline constexpr int64_t linear_attention_block = 512;   // rows of an item that shares nothing with others
 inline constexpr int64_t linear_attention_segment = 1024;
 
-inline int64_t linear_attention_blocks(int64_t length) { return (length + linear_attention_block - 1) / linear_attention_block; }
+inline int64_t linear_attention_blocks(int64_t length) { return ceil_div(length, linear_attention_block); }
 
 inline int64_t linear_attention_segments(const LinearAttentionCall& call, int64_t length) {
   if (call.kv_heads >= 4 || call.feature_map == FeatureMap::softmax || length <= linear_attention_segment) return 1;
-  return (length + linear_attention_segment - 1) / linear_attention_segment;
+  return ceil_div(length, linear_attention_segment);
 }
 
 // Elements of scratch, enough for every kernel and the vectors of every tier.
 inline int64_t linear_attention_scratch(const LinearAttentionCall& call) {
-  const int64_t dim = (call.dim + 15) / 16 * 16, value_dim = (call.value_dim + 15) / 16 * 16;
+  const int64_t dim = rounded_up(call.dim, 16), value_dim = rounded_up(call.value_dim, 16);
   return 3 * dim * value_dim + linear_attention_chunk * (6 * (dim + value_dim) + 2 * linear_attention_chunk + 4) + 8 * dim + 512;
 }
 

@@ -50,7 +50,7 @@ void queries(const LinearAttentionCall& call, int64_t begin, int64_t end, void* 
       query_features<A, T>(call, sequence, head, i, count, features);
       for (int64_t r = 0; r < count; ++r) {
         A* row = features + r * shape.dim;
-        if (totals.divides) scale_row(row, shape.dim, totals.inverse(dot(row, totals.z, shape.dim)));
+        if (totals.divides) scale_row(row, shape.dim, totals.inverse(dot<A>(row, totals.z, shape.dim)));
       }
       by_rows<A>({features, shape.dim}, state.rows(call), call.dim, count, shape.value_dim, false, results, shape.value_dim);
       for (int64_t r = 0; r < count; ++r)
@@ -87,7 +87,7 @@ void causal(const LinearAttentionCall& call, int64_t begin, int64_t end, void* s
         for (int64_t r = 0; totals.divides && r < count; ++r) {
           A* row = features + r * shape.dim;
           A* seen = scores + r * chunk_rows;
-          const A inverse = totals.inverse(dot(row, totals.z, shape.dim) + row_sum(seen, padded<A>(r + 1)));
+          const A inverse = totals.inverse(dot<A>(row, totals.z, shape.dim) + row_sum(seen, padded<A>(r + 1)));
           scale_row(row, shape.dim, inverse);
           scale_row(seen, padded<A>(r + 1), inverse);
         }

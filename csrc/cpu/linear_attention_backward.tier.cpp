@@ -72,8 +72,8 @@ void queries(const LinearAttentionBackward& back, int64_t begin, int64_t end, vo
           A* result = results + r * shape.dim;
           of_totals[r] = A(0);
           if (totals.divides) {
-            const A inverse = totals.inverse(dot(row, totals.z, shape.dim));
-            of_totals[r] = -dot(row, result, shape.dim) * inverse;  // times the total: so the rows below are scaled
+            const A inverse = totals.inverse(dot<A>(row, totals.z, shape.dim));
+            of_totals[r] = -dot<A>(row, result, shape.dim) * inverse;  // times the total: so the rows below are scaled
             multiply_add_row(result, inverse, totals.z, of_totals[r] * inverse, shape.dim, result);
             store_gradient(call.feature_map, result, row, call.dim, sequence.query<T>(back.grad_q, head, i + r));
             scale_row(row, shape.dim, inverse);
@@ -212,8 +212,8 @@ void causal_queries(const LinearAttentionBackward& back, int64_t begin, int64_t 
           if (totals.divides) {
             const int64_t seen = padded<A>(r + 1);
             const A* scores = at_hand.scores + r * chunk_rows;
-            inverse = totals.inverse(dot(row, totals.z, shape.dim) + row_sum(scores, seen));
-            const A dots = dot(row, result, shape.dim) + dot(scores, at_hand.slopes + r * chunk_rows, seen);
+            inverse = totals.inverse(dot<A>(row, totals.z, shape.dim) + row_sum(scores, seen));
+            const A dots = dot<A>(row, result, shape.dim) + dot<A>(scores, at_hand.slopes + r * chunk_rows, seen);
             of_total = -dots * inverse * inverse;
             multiply_add_row(result, inverse, totals.z, of_total, shape.dim, result);
             at_hand.finish_slopes(r, inverse, of_total);
@@ -262,7 +262,7 @@ void causal_keys(const LinearAttentionBackward& back, int64_t begin, int64_t end
     CausalQueries<A, T> at_hand(call, buffers);
     A* of_keys = buffers.take(chunk_rows * shape.dim);
     A* of_values = buffers.take(chunk_rows * shape.value_dim);
-    const int64_t chunks = (range.end - range.begin + chunk_rows - 1) / chunk_rows;
+    const int64_t chunks = ceil_div(range.end - range.begin, chunk_rows);
     for (int64_t chunk = chunks - 1; chunk >= 0; --chunk) {
       const int64_t i = range.begin + chunk * chunk_rows, count = least(chunk_rows, range.end - i);
       keys.load(call, sequence, i, count, nullptr);

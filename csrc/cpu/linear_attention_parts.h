@@ -3,9 +3,9 @@
 //
 // Rows at hand are accumulators, each padded with zeros to whole vectors: D to `Shape::dim`, Dv to `Shape::value_dim`.
 #pragma once
+#include "attention_rows.h"
 #include "core/lane_product.h"
 #include "core/math.h"
-#include "core/rows.h"
 #include "linear_attention.h"
 
 namespace mmk::MMK_TIER {
@@ -22,11 +22,9 @@ inline constexpr int64_t query_rows = 48;
 #endif
 static_assert(query_rows <= chunk_rows);
 
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
 template <class A>
 inline int64_t padded(int64_t count) {
-  return (count + Vec<A>::width - 1) / Vec<A>::width * Vec<A>::width;
+  return rounded_up(count, Vec<A>::width);
 }
 
 // One sequence and head of k, and where its rows begin.
@@ -87,8 +85,7 @@ class Buffers {
 
   A* take(int64_t count) {
     A* buffer = next_;
-    constexpr int64_t line = 64 / sizeof(A);
-    next_ += (count + line - 1) / line * line;
+    next_ += rounded_up(count, 64 / sizeof(A));
     return buffer;
   }
   A* zeros(int64_t count) {
@@ -104,13 +101,6 @@ class Buffers {
 
  private:
   A* next_;
-};
-
-// Rows as products read them, `row` elements apart.
-template <class A>
-struct Staged {
-  const A* data;
-  int64_t row;
 };
 
 // --- features -----------------------------------------------------------------------------------------------------------
@@ -267,13 +257,6 @@ inline void add_columns(const A* rows, int64_t row, int64_t count, const A* weig
 }
 
 template <class A>
-inline A dot(const A* a, const A* b, int64_t count) {
-  return sum_over<A>(count, [&](typename Vec<A>::Register sum, int64_t i, int64_t) {
-    return Vec<A>::fma(Vec<A>::load(a + i), Vec<A>::load(b + i), sum);
-  });
-}
-
-template <class A>
 inline A row_sum(const A* row, int64_t count) {
   return sum_over<A>(count, [&](typename Vec<A>::Register sum, int64_t i, int64_t) { return sum + Vec<A>::load(row + i); });
 }
@@ -281,23 +264,6 @@ inline A row_sum(const A* row, int64_t count) {
 template <class A>
 inline void scale_row(A* row, int64_t count, A factor) {
   for (int64_t i = 0; i < count; i += Vec<A>::width) Vec<A>::store(row + i, Vec<A>::load(row + i) * Vec<A>::set(factor));
-}
-
-// Whether an operand's rows may be written past the cache.
-template <class T>
-inline bool rows_stream(const LinearAttentionCall& call, const AttentionOperand& to, int64_t channels) {
-  const T* data = static_cast<const T*>(to.data);
-  return call.stream && rows_aligned<T>(data, channels) && rows_aligned<T>(data, to.row) && rows_aligned<T>(data, to.head) &&
-         rows_aligned<T>(data, to.batch);
-}
-
-template <class A, class T>
-inline void store_row(const A* from, int64_t channels, bool stream, T* to) {
-  if (stream) {
-    for (int64_t c = 0; c < channels; c += Vec<A>::width) Vec<A>::stream(to + c, Vec<A>::load(from + c));
-  } else {
-    for_each_vector<A>(channels, [&](int64_t c, int64_t lanes) { store_lanes<A>(to + c, Vec<A>::load(from + c), lanes); });
-  }
 }
 
 // Gradients of features as those of what they were made from.

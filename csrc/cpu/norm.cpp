@@ -93,7 +93,7 @@ void check_like_x(const Tensor& tensor, const char* name, const Tensor& x) {
 std::size_t scratch_bytes(std::int64_t channels, bool is_double) {
   const std::size_t row = static_cast<std::size_t>(channels) * (is_double ? sizeof(double) : sizeof(float));
   const std::int64_t block = std::clamp<std::int64_t>(norm_block_elements / channels, 1, norm_max_block_rows);
-  return static_cast<std::size_t>(block + 2) * ((row + 63) / 64 * 64);
+  return static_cast<std::size_t>(block + 2) * rounded_up(row, 64);
 }
 
 std::tuple<Tensor, Tensor, Tensor> norm(Tensor x, MaybeTensor residual, MaybeTensor gate, MaybeTensor weight,
@@ -279,7 +279,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> norm_backward
                       sums_to(sum_gate, grad_gate)};
   if (sum_gate || sum_hat || sum_plain) {
     const auto reduce = tier.kernels->reduce[dtype];
-    parallel_for((channels + norm_reduce_tile - 1) / norm_reduce_tile, pieces * norm_reduce_tile,
+    parallel_for(ceil_div(channels, norm_reduce_tile), pieces * norm_reduce_tile,
                  [&](std::int64_t begin, std::int64_t end) { reduce(call, to, begin, end); });
   }
   return results();

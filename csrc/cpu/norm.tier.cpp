@@ -2,6 +2,7 @@
 // tier.
 #include "norm.h"
 
+#include "core/integers.h"
 #include "core/rows.h"
 
 namespace mmk::MMK_TIER {
@@ -17,7 +18,7 @@ inline int64_t norm_block_rows(int64_t channels) {
 template <class A>
 inline int64_t scratch_row(int64_t channels) {
   constexpr int64_t line = 64 / sizeof(A);
-  return (channels + line - 1) / line * line;
+  return rounded_up(channels, line);
 }
 
 // Lanes of vectors that are accumulators or of type T.

@@ -58,7 +58,7 @@ struct Problem {
     call.block_rows =
         std::clamp<std::int64_t>(qk_block_elements / std::max<std::int64_t>(1, call.channels), 1, qk_max_block_rows);
     const std::int64_t line = 64 / (is_double ? sizeof(double) : sizeof(float));
-    call.scratch_row = (call.channels + line - 1) / line * line;
+    call.scratch_row = rounded_up(call.channels, line);
     check(cos.has_value() == sin.has_value(), "sin", "expected with cos, or neither");
     if (!cos.has_value() || !sin.has_value()) return;
     check(k.size(2) == q.size(2), "k", "expected the ", q.size(2), " tokens of q, which cos and sin are for, got ",

@@ -23,7 +23,6 @@ namespace {
 // Selection goes over a row so often that it counts as this many elements for each score.
 constexpr std::int64_t selection_work = 16;
 
-constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 // [B, rows, cols] with a contiguous last dimension.
 struct Batch {
@@ -167,22 +166,6 @@ struct Problem {
   GemmOperand scores_by_key(const void* scores) const { return {scores, wide, 1, keys.rows}; }
 };
 
-// One buffer of the calling thread's, cut into parts in cache lines of their own.
-class Workspace {
- public:
-  std::int64_t add(std::int64_t bytes) {
-    const std::int64_t offset = bytes_;
-    bytes_ += (bytes + 63) / 64 * 64;
-    return offset;
-  }
-  void allocate() { base_ = scratch_of<char>(ScratchUse::silu_attention, bytes_); }
-  void* at(std::int64_t offset) const { return base_ + offset; }
-
- private:
-  std::int64_t bytes_ = 0;
-  char* base_ = nullptr;
-};
-
 std::tuple<Tensor, Tensor> silu_attention(Tensor x, Tensor keys, Tensor values, double drop_ratio, bool key_is_activated,
                                           double scale) {
   const Problem p(x, keys, values, drop_ratio, key_is_activated, scale);
@@ -193,7 +176,7 @@ std::tuple<Tensor, Tensor> silu_attention(Tensor x, Tensor keys, Tensor values, 
   if (p.batch == 0 || p.x.rows == 0) return {out, threshold};
 
   const std::int64_t m = p.keys.rows, most = p.most_rows();
-  Workspace memory;
+  Workspace memory(ScratchUse::silu_attention);
   const std::int64_t of_keys = memory.add(p.cols_panel_bytes(m, p.x.cols));
   const std::int64_t of_values = memory.add(p.cols_panel_bytes(p.values.cols, m));
   const std::int64_t of_queries = memory.add(p.rows_panel_bytes(most, p.x.cols));
@@ -281,7 +264,7 @@ Gradients silu_attention_backward(Tensor grad, Tensor x, Tensor keys, Tensor val
 
   const std::int64_t m = p.keys.rows, d = p.x.cols, width = p.values.cols, most = p.most_rows();
   const bool need_scores = need_values || p.rank > 0, need_gradients = need_x || need_keys;
-  Workspace memory;
+  Workspace memory(ScratchUse::silu_attention);
   const auto room = [&](bool needed, std::int64_t bytes) { return memory.add(needed ? bytes : 0); };
   const std::int64_t of_keys = room(need_scores, p.cols_panel_bytes(m, d));
   const std::int64_t of_keys_by_channel = room(need_x, p.cols_panel_bytes(d, m));

@@ -8,11 +8,13 @@ from functools import cache
 
 from mmkernels.cards.card import Card
 
+_SHARED = ("card", "heads")  # what cards are made of: no families
+
 
 @cache
 def all_cards() -> tuple[Card, ...]:
     """Every op's card, by family and then in the order of its file."""
-    families = sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "card")
+    families = sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in _SHARED)
     return tuple(card for family in families for card in importlib.import_module(f"{__name__}.{family}").CARDS)
 
 

@@ -12,6 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmkernels.cards.card import BadInput, BenchCase, Call, Card, Cost, Make, Sample, Target
+from mmkernels.cards.heads import (
+    STRIDED_HEADS,
+    bad,
+    bad_beside,
+    bad_lengths,
+    bad_operand,
+    projection_call,
+    strided,
+    with_named,
+)
 from mmkernels.ops import attention as ops
 from mmkernels.reference import attention as reference
 
@@ -140,43 +150,6 @@ def _varlen_call(
     return make
 
 
-def _projection_call(batch: int, heads: int, kv_heads: int, length: int, channels: int, **kwargs: Any) -> Make:
-    """q, k and v are views of one projection [B, L, (H + 2 Hk) D]."""
-
-    def make(device: torch.device, dtype: torch.dtype, g: torch.Generator) -> Call:
-        joint = torch.randn(batch, length, heads + 2 * kv_heads, channels, generator=g).to(device=device, dtype=dtype)
-        return Call(tuple(x.transpose(1, 2) for x in joint.split((heads, kv_heads, kv_heads), 2)), dict(kwargs))
-
-    return make
-
-
-def _with(make: Make, name: str, value: Any) -> Make:
-    """The call with one argument replaced, or by what `value` makes of it."""
-
-    def changed(device: torch.device, dtype: torch.dtype, g: torch.Generator) -> Call:
-        call = make(device, dtype, g)
-        named = dict(zip(("q", "k", "v"), call.args, strict=True)) | call.kwargs
-        named[name] = value(named.get(name)) if callable(value) else value
-        return Call(tuple(named.pop(operand) for operand in ("q", "k", "v")), named)
-
-    return changed
-
-
-def _strided(make: Make, change: Callable[[Tensor], Tensor]) -> Make:
-    for name in ("q", "k", "v"):
-        make = _with(make, name, change)
-    return make
-
-
-# [B, H, L, D] with a contiguous last dimension that lies in memory as no new tensor does.
-_STRIDED_HEADS: dict[str, Callable[[Tensor], Tensor]] = {
-    "token slice": lambda x: torch.cat((x, x), 2)[:, :, 1 : 1 + x.size(2)],
-    "channel slice": lambda x: torch.cat((x, x, x), 3)[..., x.size(3) : 2 * x.size(3)],
-    "batch last but one": lambda x: x.permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3),
-    "one head expanded": lambda x: x[:, :1].expand_as(x),
-    "odd offset": lambda x: torch.cat((x.flatten(), x.flatten()))[1 : 1 + x.numel()].view_as(x),
-}
-
 _SELDOM = ((2, 1, 5, 9), (1, 1, 5, 9), (2, 4, 1, 9), (1, 4, 1, 9))  # those of the exhaustive suite alone
 _BIASES = tuple((batch, heads, len_q, 9) for batch, heads, len_q in product((1, 2), (1, 4), (1, 5)))
 
@@ -227,7 +200,9 @@ _SAMPLES = (
     Sample("bias [H, Lq, Lk]", _attention_call(2, 4, 5, 6, len_k=9, bias=(4, 5, 9))),
     Sample("bias [Lq, Lk]", _attention_call(2, 4, 5, 6, len_k=9, bias=(5, 9)), full=True),
     Sample("bias [Lk]", _attention_call(2, 4, 5, 6, len_k=9, bias=(9,))),
-    Sample("bias transposed", _with(_attention_call(2, 4, 9, 6, bias=(1, 4, 9, 9)), "bias", lambda x: x.transpose(2, 3))),
+    Sample(
+        "bias transposed", with_named(_attention_call(2, 4, 9, 6, bias=(1, 4, 9, 9)), "bias", lambda x: x.transpose(2, 3))
+    ),
     Sample("float32 parameters", _attention_call(2, 4, 15, 6, len_k=19, bias=(1, 4, 15, 19), gate=True, kept="float32")),
     *(
         Sample(f"mask {mask}", _attention_call(2, 4, 5, 6, len_k=9, kv_heads=2, mask=mask))
@@ -303,9 +278,9 @@ _SAMPLES = (
     Sample(
         "packed, one bias for all, logarithms", _varlen_call((5, 2, 6), (7, 4, 9), 2, 6, bias=(2, 8, 10), return_lse=True)
     ),
-    Sample("views of a projection", _projection_call(2, 3, 3, 9, 8)),
-    Sample("views of a projection, grouped, causal", _projection_call(2, 4, 2, 9, 8, is_causal=True)),
-    *(Sample(name, _strided(_attention_call(2, 3, 7, 8), change)) for name, change in _STRIDED_HEADS.items()),
+    Sample("views of a projection", projection_call(2, 3, 3, 9, 8)),
+    Sample("views of a projection, grouped, causal", projection_call(2, 4, 2, 9, 8, is_causal=True)),
+    *(Sample(name, strided(_attention_call(2, 3, 7, 8), change)) for name, change in STRIDED_HEADS.items()),
     Sample("no batch", _attention_call(0, 3, 5, 8), gradcheck=False),
     Sample("no queries", _attention_call(2, 3, 0, 8, len_k=7, bias=(1, 3, 0, 7)), gradcheck=False),
     Sample("no keys", _attention_call(2, 3, 5, 8, len_k=0, bias=(3, 5, 0)), gradcheck=False),
@@ -334,43 +309,16 @@ _DENSE = _attention_call(2, 4, 5, 8, len_k=7, kv_heads=2)
 _PACKED = _varlen_call((5, 3), (7, 2), 4, 8, kv_heads=2)
 
 
-def _bad(make: Make, name: str, what: str, value: Any, error: type[Exception], argument: str | None = None) -> BadInput:
-    """`argument`: the one that the message names, where that is not the one that was replaced."""
-    changed = _with(make, name, value)
-    return BadInput(
-        f"{name} {what}", lambda device: changed(device, torch.float32, torch.Generator()), error, argument or name
-    )
-
-
-def _bad_operand(name: str) -> tuple[BadInput, ...]:
-    return (
-        _bad(_DENSE, name, "of three dimensions", lambda x: x[0], ValueError),
-        _bad(_PACKED, name, "of four dimensions, packed", lambda x: x[None], ValueError),
-        _bad(_DENSE, name, "with a strided last dimension", lambda x: torch.cat((x, x), 3)[..., ::2], ValueError),
-        _bad(_DENSE, name, "of integers", lambda x: x.int(), TypeError),
-        _bad(_DENSE, name, "a list", lambda x: x.tolist(), TypeError),
-        _bad(_DENSE, name, "sparse", lambda x: x.to_sparse(), TypeError),
-    )
-
-
-def _bad_beside(name: str) -> tuple[BadInput, ...]:
-    return (
-        _bad(_DENSE, name, "of another dtype", lambda x: x.double(), TypeError),
-        _bad(_DENSE, name, "on another device", lambda x: x.to("meta"), ValueError),
-        _bad(_DENSE, name, "of another batch", lambda x: x[:1], ValueError),
-    )
-
-
 def _bad_scores(name: str, good: Callable[..., Tensor], dtype: torch.dtype) -> tuple[BadInput, ...]:
     return (
-        _bad(_DENSE, name, "that does not broadcast", good(2, 3, 5, 7), ValueError),
-        _bad(_DENSE, name, "of too few keys", good(5, 6), ValueError),
-        _bad(_DENSE, name, "of five dimensions", good(1, 2, 4, 5, 7), ValueError),
-        _bad(_DENSE, name, "of another dtype", good(5, 7).to(dtype), TypeError),
-        _bad(_DENSE, name, "on another device", good(5, 7).to("meta"), ValueError),
-        _bad(_DENSE, name, "a number", 1.0, TypeError),
-        _bad(_DENSE, name, "sparse", good(5, 7).to_sparse(), TypeError),
-        _bad(_PACKED, name, "of another number of sequences", good(3, 1, 5, 7), ValueError),
+        bad(_DENSE, name, "that does not broadcast", good(2, 3, 5, 7), ValueError),
+        bad(_DENSE, name, "of too few keys", good(5, 6), ValueError),
+        bad(_DENSE, name, "of five dimensions", good(1, 2, 4, 5, 7), ValueError),
+        bad(_DENSE, name, "of another dtype", good(5, 7).to(dtype), TypeError),
+        bad(_DENSE, name, "on another device", good(5, 7).to("meta"), ValueError),
+        bad(_DENSE, name, "a number", 1.0, TypeError),
+        bad(_DENSE, name, "sparse", good(5, 7).to_sparse(), TypeError),
+        bad(_PACKED, name, "of another number of sequences", good(3, 1, 5, 7), ValueError),
     )
 
 
@@ -378,56 +326,44 @@ def _bad_rows(name: str, length: int, other: str | None) -> tuple[BadInput, ...]
     """`other`: the argument that this one comes with."""
     dense, packed = _DENSE, _PACKED
     if other is not None:
-        dense = _with(dense, other, torch.zeros(1, 12 - length, dtype=torch.int64))
-        packed = _with(packed, other, torch.zeros(8 if other == "segment_ids_q" else 9, dtype=torch.int64))
+        dense = with_named(dense, other, torch.zeros(1, 12 - length, dtype=torch.int64))
+        packed = with_named(packed, other, torch.zeros(8 if other == "segment_ids_q" else 9, dtype=torch.int64))
     good = torch.zeros(2, length, dtype=torch.int64)
     return (
-        _bad(dense, name, "too short", good[:, 1:], ValueError),
-        _bad(dense, name, "of another batch", good[:1].expand(3, -1), ValueError),
-        _bad(dense, name, "of one dimension", good[0], ValueError),
-        _bad(dense, name, "of floats", good.float(), TypeError),
-        _bad(dense, name, "on another device", good.to("meta"), ValueError),
-        _bad(dense, name, "a list", good.tolist(), TypeError),
-        _bad(packed, name, "of two dimensions, packed", good, ValueError),
-    )
-
-
-def _bad_lengths(name: str) -> tuple[BadInput, ...]:
-    return (
-        _bad(_PACKED, name, "missing", None, ValueError),
-        _bad(_PACKED, name, "of two dimensions", lambda x: x[None], ValueError),
-        _bad(_PACKED, name, "empty", lambda x: x[:0], ValueError),
-        _bad(_PACKED, name, "of floats", lambda x: x.float(), TypeError),
-        _bad(_PACKED, name, "a list", lambda x: x.tolist(), TypeError),
-        _bad(_PACKED, name, "on another device", lambda x: x.to("meta"), ValueError),
-        _bad(_PACKED, name, "of another number of sequences", lambda x: x[:2], ValueError, "cu_seqlens_k"),
+        bad(dense, name, "too short", good[:, 1:], ValueError),
+        bad(dense, name, "of another batch", good[:1].expand(3, -1), ValueError),
+        bad(dense, name, "of one dimension", good[0], ValueError),
+        bad(dense, name, "of floats", good.float(), TypeError),
+        bad(dense, name, "on another device", good.to("meta"), ValueError),
+        bad(dense, name, "a list", good.tolist(), TypeError),
+        bad(packed, name, "of two dimensions, packed", good, ValueError),
     )
 
 
 _BAD = (
-    *_bad_operand("q"),
-    *_bad_operand("k"),
-    *_bad_operand("v"),
-    *_bad_beside("k"),
-    *_bad_beside("v"),
-    _bad(_DENSE, "q", "without channels", lambda x: x[..., :0], ValueError, "k"),
-    _bad(_with(_DENSE, "k", lambda x: x[..., :0]), "q", "and k without channels", lambda x: x[..., :0], ValueError),
-    _bad(_DENSE, "k", "of other channels", lambda x: x[..., :6], ValueError),
-    _bad(_with(_DENSE, "v", lambda x: x[:, :0]), "k", "without heads", lambda x: x[:, :0], ValueError),
-    _bad(_DENSE, "q", "of heads that k's do not divide", lambda x: x[:, :3], ValueError, "k"),
-    _bad(_DENSE, "v", "of another length", lambda x: x[:, :, :6], ValueError),
-    _bad(_DENSE, "v", "of other heads", lambda x: x[:, :1], ValueError),
+    *bad_operand(_DENSE, _PACKED, "q"),
+    *bad_operand(_DENSE, _PACKED, "k"),
+    *bad_operand(_DENSE, _PACKED, "v"),
+    *bad_beside(_DENSE, "k"),
+    *bad_beside(_DENSE, "v"),
+    bad(_DENSE, "q", "without channels", lambda x: x[..., :0], ValueError, "k"),
+    bad(with_named(_DENSE, "k", lambda x: x[..., :0]), "q", "and k without channels", lambda x: x[..., :0], ValueError),
+    bad(_DENSE, "k", "of other channels", lambda x: x[..., :6], ValueError),
+    bad(with_named(_DENSE, "v", lambda x: x[:, :0]), "k", "without heads", lambda x: x[:, :0], ValueError),
+    bad(_DENSE, "q", "of heads that k's do not divide", lambda x: x[:, :3], ValueError, "k"),
+    bad(_DENSE, "v", "of another length", lambda x: x[:, :, :6], ValueError),
+    bad(_DENSE, "v", "of other heads", lambda x: x[:, :1], ValueError),
     *_bad_scores("bias", torch.zeros, torch.float64),
     *_bad_scores("mask", lambda *shape: torch.ones(shape, dtype=torch.bool), torch.float32),
     *_bad_rows("limits", 5, None),
     *_bad_rows("segment_ids_q", 5, "segment_ids_k"),
     *_bad_rows("segment_ids_k", 7, "segment_ids_q"),
-    _bad(_DENSE, "segment_ids_q", "alone", torch.zeros(2, 5, dtype=torch.int64), ValueError, "segment_ids_k"),
-    _bad(_DENSE, "segment_ids_k", "alone", torch.zeros(2, 7, dtype=torch.int64), ValueError, "segment_ids_q"),
-    *_bad_lengths("cu_seqlens_q"),
-    *_bad_lengths("cu_seqlens_k"),
+    bad(_DENSE, "segment_ids_q", "alone", torch.zeros(2, 5, dtype=torch.int64), ValueError, "segment_ids_k"),
+    bad(_DENSE, "segment_ids_k", "alone", torch.zeros(2, 7, dtype=torch.int64), ValueError, "segment_ids_q"),
+    *bad_lengths(_PACKED, "cu_seqlens_q"),
+    *bad_lengths(_PACKED, "cu_seqlens_k"),
     *(
-        _bad(_PACKED, name, what, value, error)
+        bad(_PACKED, name, what, value, error)
         for name in ("max_seqlen_q", "max_seqlen_k")
         for what, value, error in (
             ("negative", -1, ValueError),
@@ -436,32 +372,32 @@ _BAD = (
             ("a bool", True, TypeError),
         )
     ),
-    _bad(_DENSE, "value_gate", "of q's heads", torch.zeros(2, 4, 7), ValueError),
-    _bad(_DENSE, "value_gate", "of another dtype", torch.zeros(2, 2, 7).half(), TypeError),
-    _bad(_DENSE, "value_gate", "on another device", torch.zeros(2, 2, 7, device="meta"), ValueError),
-    _bad(_DENSE, "value_gate", "a number", 1.0, TypeError),
-    _bad(_DENSE, "scale", "a string", "0.5", TypeError),
-    _bad(_DENSE, "scale", "a huge int", 10**400, ValueError),
-    _bad(_DENSE, "softcap", "0", 0.0, ValueError),
-    _bad(_DENSE, "softcap", "negative", -2, ValueError),
-    _bad(_DENSE, "softcap", "a string", "2", TypeError),
-    _bad(_DENSE, "dropout_p", "1", 1.0, ValueError),
-    _bad(_DENSE, "dropout_p", "negative", -0.1, ValueError),
-    _bad(_DENSE, "dropout_p", "NaN", math.nan, ValueError),
-    _bad(_DENSE, "dropout_p", "a string", "0.1", TypeError),
-    _bad(_DENSE, "seed", "a float", 1.0, TypeError),
-    _bad(_DENSE, "seed", "a bool", True, TypeError),
-    _bad(_DENSE, "seed", "of 65 bits", 2**63, ValueError),
-    _bad(_DENSE, "seed", "of two numbers", torch.zeros(2, dtype=torch.int64), ValueError),
-    _bad(_DENSE, "seed", "of floats", torch.zeros(1), TypeError),
-    _bad(_DENSE, "seed", "on another device", torch.zeros(1, dtype=torch.int64, device="meta"), ValueError),
-    _bad(_DENSE, "causal_alignment", "unknown", "bottom_left", ValueError),
-    _bad(_DENSE, "window_size", "one number", 3, TypeError),
-    _bad(_DENSE, "window_size", "of three", (1, 2, 3), TypeError),
-    _bad(_DENSE, "window_size", "of floats", (1.0, 2.0), TypeError),
-    _bad(_DENSE, "window_size", "of a bool", (True, 1), TypeError),
-    _bad(_DENSE, "window_size", "negative", (-1, 1), ValueError),
-    _bad(_DENSE, "window_size", "huge", (None, 2**63), ValueError),
+    bad(_DENSE, "value_gate", "of q's heads", torch.zeros(2, 4, 7), ValueError),
+    bad(_DENSE, "value_gate", "of another dtype", torch.zeros(2, 2, 7).half(), TypeError),
+    bad(_DENSE, "value_gate", "on another device", torch.zeros(2, 2, 7, device="meta"), ValueError),
+    bad(_DENSE, "value_gate", "a number", 1.0, TypeError),
+    bad(_DENSE, "scale", "a string", "0.5", TypeError),
+    bad(_DENSE, "scale", "a huge int", 10**400, ValueError),
+    bad(_DENSE, "softcap", "0", 0.0, ValueError),
+    bad(_DENSE, "softcap", "negative", -2, ValueError),
+    bad(_DENSE, "softcap", "a string", "2", TypeError),
+    bad(_DENSE, "dropout_p", "1", 1.0, ValueError),
+    bad(_DENSE, "dropout_p", "negative", -0.1, ValueError),
+    bad(_DENSE, "dropout_p", "NaN", math.nan, ValueError),
+    bad(_DENSE, "dropout_p", "a string", "0.1", TypeError),
+    bad(_DENSE, "seed", "a float", 1.0, TypeError),
+    bad(_DENSE, "seed", "a bool", True, TypeError),
+    bad(_DENSE, "seed", "of 65 bits", 2**63, ValueError),
+    bad(_DENSE, "seed", "of two numbers", torch.zeros(2, dtype=torch.int64), ValueError),
+    bad(_DENSE, "seed", "of floats", torch.zeros(1), TypeError),
+    bad(_DENSE, "seed", "on another device", torch.zeros(1, dtype=torch.int64, device="meta"), ValueError),
+    bad(_DENSE, "causal_alignment", "unknown", "bottom_left", ValueError),
+    bad(_DENSE, "window_size", "one number", 3, TypeError),
+    bad(_DENSE, "window_size", "of three", (1, 2, 3), TypeError),
+    bad(_DENSE, "window_size", "of floats", (1.0, 2.0), TypeError),
+    bad(_DENSE, "window_size", "of a bool", (True, 1), TypeError),
+    bad(_DENSE, "window_size", "negative", (-1, 1), ValueError),
+    bad(_DENSE, "window_size", "huge", (None, 2**63), ValueError),
 )
 
 

@@ -10,7 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmkernels.cards.card import BadInput, BenchCase, Call, Card, Cost, Make, Overhead, Sample, Target
+from mmkernels.cards.card import BenchCase, Call, Card, Cost, Make, Overhead, Sample, Target
+from mmkernels.cards.heads import (
+    STRIDED_HEADS,
+    bad,
+    bad_beside,
+    bad_lengths,
+    bad_operand,
+    projection_call,
+    strided,
+    with_named,
+)
 from mmkernels.ops import linear_attention as ops
 from mmkernels.ops.attention import DTYPES
 from mmkernels.reference import linear_attention as reference
@@ -116,47 +126,10 @@ def _varlen_call(
     return make
 
 
-def _projection_call(batch: int, heads: int, kv_heads: int, length: int, channels: int, **kwargs: Any) -> Make:
-    """q, k and v are views of one projection [B, L, (H + 2 Hk) D]."""
-
-    def make(device: torch.device, dtype: torch.dtype, g: torch.Generator) -> Call:
-        joint = torch.randn(batch, length, heads + 2 * kv_heads, channels, generator=g).to(device=device, dtype=dtype)
-        return Call(tuple(x.transpose(1, 2) for x in joint.split((heads, kv_heads, kv_heads), 2)), dict(kwargs))
-
-    return make
-
-
-def _with(make: Make, name: str, value: Any) -> Make:
-    """The call with one argument replaced, or by what `value` makes of it."""
-
-    def changed(device: torch.device, dtype: torch.dtype, g: torch.Generator) -> Call:
-        call = make(device, dtype, g)
-        named = dict(zip(("q", "k", "v"), call.args, strict=True)) | call.kwargs
-        named[name] = value(named.get(name)) if callable(value) else value
-        return Call(tuple(named.pop(operand) for operand in ("q", "k", "v")), named)
-
-    return changed
-
-
-def _strided(make: Make, change: Callable[[Tensor], Tensor]) -> Make:
-    for name in ("q", "k", "v"):
-        make = _with(make, name, change)
-    return make
-
-
 def _doubled(x: Tensor) -> Tensor:
     """A feature map of the caller's own, with twice the channels."""
     return torch.cat((torch.exp(-x.abs()), torch.sigmoid(x)), -1)
 
-
-# [B, H, L, D] with a contiguous last dimension that lies in memory as no new tensor does.
-_STRIDED_HEADS: dict[str, Callable[[Tensor], Tensor]] = {
-    "token slice": lambda x: torch.cat((x, x), 2)[:, :, 1 : 1 + x.size(2)],
-    "channel slice": lambda x: torch.cat((x, x, x), 3)[..., x.size(3) : 2 * x.size(3)],
-    "batch last but one": lambda x: x.permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3),
-    "one head expanded": lambda x: x[:, :1].expand_as(x),
-    "odd offset": lambda x: torch.cat((x.flatten(), x.flatten()))[1 : 1 + x.numel()].view_as(x),
-}
 
 # One channel or one key has gradients of nothing but rounding, unless eps is of some size: out is v whatever the features
 # are. "small", "odd sizes" and "ViT" are names that the generic suite looks for.
@@ -194,7 +167,7 @@ _SAMPLES = (
     Sample("one token, causal", _call(3, 2, 1, 8, is_causal=True, state=True)),
     Sample("mask", _call(2, 3, 5, 8, keys=11, mask=2)),
     Sample("mask of all, causal", _call(2, 3, 11, 8, mask=1, is_causal=True)),
-    Sample("mask, strided", _with(_call(2, 3, 5, 8, keys=11, mask=2), "mask", lambda m: m.T.contiguous().T)),
+    Sample("mask, strided", with_named(_call(2, 3, 5, 8, keys=11, mask=2), "mask", lambda m: m.T.contiguous().T)),
     Sample("state", _call(2, 3, 5, 8, keys=7, state=True)),
     Sample("state, causal", _call(2, 4, 9, 8, kv_heads=2, state=True, is_causal=True)),
     Sample("returned state", _call(2, 3, 5, 8, keys=7, return_state=True)),
@@ -211,12 +184,12 @@ _SAMPLES = (
         "packed, causal, state in and out",
         _varlen_call((5, 0, 6), (5, 0, 6), 4, 6, kv_heads=2, is_causal=True, state=True, return_state=True, mask=True),
     ),
-    Sample("views of a projection", _projection_call(2, 3, 3, 9, 8)),
-    Sample("views of a projection, grouped, causal", _projection_call(2, 4, 2, 9, 8, is_causal=True)),
-    *(Sample(name, _strided(_call(2, 3, 7, 8), change)) for name, change in _STRIDED_HEADS.items()),
+    Sample("views of a projection", projection_call(2, 3, 3, 9, 8)),
+    Sample("views of a projection, grouped, causal", projection_call(2, 4, 2, 9, 8, is_causal=True)),
+    *(Sample(name, strided(_call(2, 3, 7, 8), change)) for name, change in STRIDED_HEADS.items()),
     *(
-        Sample(f"{name}, causal", _strided(_call(2, 3, 7, 8, is_causal=True), change), full=name != "token slice")
-        for name, change in _STRIDED_HEADS.items()
+        Sample(f"{name}, causal", strided(_call(2, 3, 7, 8, is_causal=True), change), full=name != "token slice")
+        for name, change in STRIDED_HEADS.items()
     ),
     Sample("no batch", _call(0, 3, 5, 8, return_state=True), gradcheck=False),
     Sample("no queries", _call(2, 3, 0, 8, keys=7, return_state=True), gradcheck=False),
@@ -252,92 +225,53 @@ _STATEFUL = _call(2, 4, 5, 8, keys=7, kv_heads=2, state=True)
 _PACKED = _varlen_call((5, 3), (7, 2), 4, 8, kv_heads=2)
 
 
-def _bad(make: Make, name: str, what: str, value: Any, error: type[Exception], argument: str | None = None) -> BadInput:
-    """`argument`: the one that the message names, where that is not the one that was replaced."""
-    changed = _with(make, name, value)
-    return BadInput(
-        f"{name} {what}", lambda device: changed(device, torch.float32, torch.Generator()), error, argument or name
-    )
-
-
-def _bad_operand(name: str) -> tuple[BadInput, ...]:
-    return (
-        _bad(_DENSE, name, "of three dimensions", lambda x: x[0], ValueError),
-        _bad(_PACKED, name, "of four dimensions, packed", lambda x: x[None], ValueError),
-        _bad(_DENSE, name, "with a strided last dimension", lambda x: torch.cat((x, x), 3)[..., ::2], ValueError),
-        _bad(_DENSE, name, "of integers", lambda x: x.int(), TypeError),
-        _bad(_DENSE, name, "a list", lambda x: x.tolist(), TypeError),
-        _bad(_DENSE, name, "sparse", lambda x: x.to_sparse(), TypeError),
-    )
-
-
-def _bad_beside(name: str) -> tuple[BadInput, ...]:
-    return (
-        _bad(_DENSE, name, "of another dtype", lambda x: x.double(), TypeError),
-        _bad(_DENSE, name, "on another device", lambda x: x.to("meta"), ValueError),
-        _bad(_DENSE, name, "of another batch", lambda x: x[:1], ValueError),
-    )
-
-
-def _bad_lengths(name: str) -> tuple[BadInput, ...]:
-    return (
-        _bad(_PACKED, name, "missing", None, ValueError),
-        _bad(_PACKED, name, "of two dimensions", lambda x: x[None], ValueError),
-        _bad(_PACKED, name, "empty", lambda x: x[:0], ValueError),
-        _bad(_PACKED, name, "of floats", lambda x: x.float(), TypeError),
-        _bad(_PACKED, name, "a list", lambda x: x.tolist(), TypeError),
-        _bad(_PACKED, name, "on another device", lambda x: x.to("meta"), ValueError),
-        _bad(_PACKED, name, "of another number of sequences", lambda x: x[:2], ValueError, "cu_seqlens_k"),
-    )
-
-
 _BAD = (
-    *_bad_operand("q"),
-    *_bad_operand("k"),
-    *_bad_operand("v"),
-    *_bad_beside("k"),
-    *_bad_beside("v"),
-    _bad(_with(_DENSE, "k", lambda x: x[..., :0]), "q", "and k without channels", lambda x: x[..., :0], ValueError),
-    _bad(_DENSE, "k", "of other channels", lambda x: x[..., :6], ValueError),
-    _bad(_with(_DENSE, "v", lambda x: x[:, :0]), "k", "without heads", lambda x: x[:, :0], ValueError),
-    _bad(_DENSE, "q", "of heads that k's do not divide", lambda x: x[:, :3], ValueError, "k"),
-    _bad(_DENSE, "v", "of another length", lambda x: x[:, :, :6], ValueError),
-    _bad(_DENSE, "v", "of other heads", lambda x: x[:, :1], ValueError),
-    _bad(_DENSE, "feature_map", "unknown", "elu", ValueError),
-    _bad(_DENSE, "feature_map", "None", None, TypeError),
-    _bad(_DENSE, "feature_map", "a number", 1, TypeError),
-    _bad(_CAUSAL, "feature_map", "softmax, causal", "softmax", ValueError),
-    _bad(_STATEFUL, "feature_map", "softmax with a state", "softmax", ValueError),
-    _bad(_SOFTMAX, "return_state", "with softmax", True, ValueError, "feature_map"),
-    _bad(_DENSE, "is_causal", "of unequal lengths", True, ValueError),
-    _bad(_PACKED, "is_causal", "of unequal lengths, packed", True, ValueError),
-    *(_bad(_CAUSAL, name, "an int", 1, TypeError) for name in ("is_causal", "normalize", "return_state")),
-    _bad(_DENSE, "eps", "negative", -1e-6, ValueError),
-    _bad(_DENSE, "eps", "NaN", math.nan, ValueError),
-    _bad(_DENSE, "eps", "infinite", math.inf, ValueError),
-    _bad(_DENSE, "eps", "a string", "1e-6", TypeError),
-    _bad(_DENSE, "eps", "a huge int", 10**400, ValueError),
-    _bad(_DENSE, "mask", "of too few keys", torch.ones(2, 6, dtype=torch.bool), ValueError),
-    _bad(_DENSE, "mask", "of another batch", torch.ones(3, 7, dtype=torch.bool), ValueError),
-    _bad(_DENSE, "mask", "of one dimension", torch.ones(7, dtype=torch.bool), ValueError),
-    _bad(_DENSE, "mask", "of floats", torch.ones(2, 7), TypeError),
-    _bad(_DENSE, "mask", "a list", [True] * 7, TypeError),
-    _bad(_DENSE, "mask", "on another device", torch.ones(2, 7, dtype=torch.bool, device="meta"), ValueError),
-    _bad(_PACKED, "mask", "of two dimensions, packed", torch.ones(1, 9, dtype=torch.bool), ValueError),
-    _bad(_DENSE, "state", "a tensor", torch.zeros(2, 2, 8, 8), TypeError),
-    _bad(_DENSE, "state", "of three", (torch.zeros(2, 2, 8, 8),) * 3, TypeError),
-    _bad(_STATEFUL, "state", "without z", lambda state: (state[0], None), ValueError),
-    _bad(_STATEFUL, "state", "without S", lambda state: (None, state[1]), ValueError),
-    _bad(_STATEFUL, "state", "of other heads", lambda state: tuple(x[:, :1] for x in state), ValueError),
-    _bad(_STATEFUL, "state", "of another batch", lambda state: tuple(x[:1] for x in state), ValueError),
-    _bad(_STATEFUL, "state", "of other channels", lambda state: (state[0], state[1][..., :6]), ValueError),
-    _bad(_STATEFUL, "state", "in bfloat16", lambda state: tuple(x.bfloat16() for x in state), TypeError),
-    _bad(_STATEFUL, "state", "of lists", lambda state: tuple(x.tolist() for x in state), TypeError),
-    _bad(_STATEFUL, "state", "on another device", lambda state: tuple(x.to("meta") for x in state), ValueError),
-    *_bad_lengths("cu_seqlens_q"),
-    *_bad_lengths("cu_seqlens_k"),
+    *bad_operand(_DENSE, _PACKED, "q"),
+    *bad_operand(_DENSE, _PACKED, "k"),
+    *bad_operand(_DENSE, _PACKED, "v"),
+    *bad_beside(_DENSE, "k"),
+    *bad_beside(_DENSE, "v"),
+    bad(with_named(_DENSE, "k", lambda x: x[..., :0]), "q", "and k without channels", lambda x: x[..., :0], ValueError),
+    bad(_DENSE, "k", "of other channels", lambda x: x[..., :6], ValueError),
+    bad(with_named(_DENSE, "v", lambda x: x[:, :0]), "k", "without heads", lambda x: x[:, :0], ValueError),
+    bad(_DENSE, "q", "of heads that k's do not divide", lambda x: x[:, :3], ValueError, "k"),
+    bad(_DENSE, "v", "of another length", lambda x: x[:, :, :6], ValueError),
+    bad(_DENSE, "v", "of other heads", lambda x: x[:, :1], ValueError),
+    bad(_DENSE, "feature_map", "unknown", "elu", ValueError),
+    bad(_DENSE, "feature_map", "None", None, TypeError),
+    bad(_DENSE, "feature_map", "a number", 1, TypeError),
+    bad(_CAUSAL, "feature_map", "softmax, causal", "softmax", ValueError),
+    bad(_STATEFUL, "feature_map", "softmax with a state", "softmax", ValueError),
+    bad(_SOFTMAX, "return_state", "with softmax", True, ValueError, "feature_map"),
+    bad(_DENSE, "is_causal", "of unequal lengths", True, ValueError),
+    bad(_PACKED, "is_causal", "of unequal lengths, packed", True, ValueError),
+    *(bad(_CAUSAL, name, "an int", 1, TypeError) for name in ("is_causal", "normalize", "return_state")),
+    bad(_DENSE, "eps", "negative", -1e-6, ValueError),
+    bad(_DENSE, "eps", "NaN", math.nan, ValueError),
+    bad(_DENSE, "eps", "infinite", math.inf, ValueError),
+    bad(_DENSE, "eps", "a string", "1e-6", TypeError),
+    bad(_DENSE, "eps", "a huge int", 10**400, ValueError),
+    bad(_DENSE, "mask", "of too few keys", torch.ones(2, 6, dtype=torch.bool), ValueError),
+    bad(_DENSE, "mask", "of another batch", torch.ones(3, 7, dtype=torch.bool), ValueError),
+    bad(_DENSE, "mask", "of one dimension", torch.ones(7, dtype=torch.bool), ValueError),
+    bad(_DENSE, "mask", "of floats", torch.ones(2, 7), TypeError),
+    bad(_DENSE, "mask", "a list", [True] * 7, TypeError),
+    bad(_DENSE, "mask", "on another device", torch.ones(2, 7, dtype=torch.bool, device="meta"), ValueError),
+    bad(_PACKED, "mask", "of two dimensions, packed", torch.ones(1, 9, dtype=torch.bool), ValueError),
+    bad(_DENSE, "state", "a tensor", torch.zeros(2, 2, 8, 8), TypeError),
+    bad(_DENSE, "state", "of three", (torch.zeros(2, 2, 8, 8),) * 3, TypeError),
+    bad(_STATEFUL, "state", "without z", lambda state: (state[0], None), ValueError),
+    bad(_STATEFUL, "state", "without S", lambda state: (None, state[1]), ValueError),
+    bad(_STATEFUL, "state", "of other heads", lambda state: tuple(x[:, :1] for x in state), ValueError),
+    bad(_STATEFUL, "state", "of another batch", lambda state: tuple(x[:1] for x in state), ValueError),
+    bad(_STATEFUL, "state", "of other channels", lambda state: (state[0], state[1][..., :6]), ValueError),
+    bad(_STATEFUL, "state", "in bfloat16", lambda state: tuple(x.bfloat16() for x in state), TypeError),
+    bad(_STATEFUL, "state", "of lists", lambda state: tuple(x.tolist() for x in state), TypeError),
+    bad(_STATEFUL, "state", "on another device", lambda state: tuple(x.to("meta") for x in state), ValueError),
+    *bad_lengths(_PACKED, "cu_seqlens_q"),
+    *bad_lengths(_PACKED, "cu_seqlens_k"),
     *(
-        _bad(_PACKED, name, what, value, error)
+        bad(_PACKED, name, what, value, error)
         for name in ("max_seqlen_q", "max_seqlen_k")
         for what, value, error in (
             ("negative", -1, ValueError),

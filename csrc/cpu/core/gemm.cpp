@@ -24,7 +24,6 @@ constexpr std::int64_t owned_blocks = 3;
 // Blocks that a thread gets at least, where columns are there to be cut: the last one finished is waited for.
 constexpr std::int64_t blocks_of_a_thread = 4;
 
-constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 // [0, count) panels cut into nearly equal runs of at most `most` panels.
 struct Cut {

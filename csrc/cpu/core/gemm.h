@@ -9,6 +9,7 @@
 // bits depend on the tier and on K alone.
 #pragma once
 #include "activation.h"
+#include "integers.h"
 #include "isa.h"
 #include "storage.h"
 
@@ -67,7 +68,7 @@ struct GemmArithmetic {
   // Where accumulators are integers: makes floats of them, in place.
   void (*rescale)(void* c, int64_t c_stride, int64_t rows, int64_t cols, const float* row_scales, const float* col_scales);
 
-  int64_t padded(int64_t depth) const { return (depth + depth_step - 1) / depth_step * depth_step; }
+  int64_t padded(int64_t depth) const { return rounded_up(depth, depth_step); }
   // Whole cache lines, one at least.
   int64_t a_panel_bytes(int64_t depth) const { return (padded(depth) * panel_rows * a_bytes + a_slack) / 64 * 64 + 64; }
   int64_t b_panel_bytes(int64_t depth) const { return padded(depth) * panel_cols * b_bytes / 64 * 64 + 64; }

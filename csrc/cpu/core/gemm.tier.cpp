@@ -44,7 +44,7 @@ inline void pack_lines(const GemmPack& call, int64_t lanes, int64_t step) {
   using V = Vec<A>;
   constexpr int64_t group = 24, lines = 16;
   const T* from = static_cast<const T*>(call.source.data);
-  const int64_t panels = (call.count + lanes - 1) / lanes;
+  const int64_t panels = ceil_div(call.count, lanes);
   for (int64_t first = 0; first < panels; first += group) {
     const int64_t last = first + group < panels ? first + group : panels;
     for (int64_t begin = 0; begin < call.depth; begin += lines) {
@@ -185,7 +185,7 @@ template <class T>
 void pack_b_int8(const GemmPack& call) {
   constexpr int cols = panel_cols<float>;
   const GemmOperand& source = call.source;
-  for (int64_t col = 0; col < (call.count + cols - 1) / cols * cols; ++col) {
+  for (int64_t col = 0; col < rounded_up(call.count, cols); ++col) {
     int8_t* to = reinterpret_cast<int8_t*>(static_cast<char*>(call.panels) + col / cols * call.panel_bytes) + col % cols * 2;
     const auto put = [&](int64_t k, int32_t value) { to[k / 2 * 2 * cols + k % 2] = static_cast<int8_t>(value); };
     if (col < call.count) {

@@ -21,7 +21,7 @@ struct Int8Product {
 template <class Product>
 void multiply(const GemmBlock& call) {
   configure_tiles();
-  const int64_t steps = (call.depth + Product::depth - 1) / Product::depth;
+  const int64_t steps = ceil_div(call.depth, Product::depth);
   const int64_t stride = call.c_stride * 4;
   for (int64_t col = 0; col < call.cols; col += panel_size) {
     const char* b = static_cast<const char*>(call.b) + col / panel_size * call.b_panel_bytes;
@@ -42,7 +42,7 @@ void multiply(const GemmBlock& call) {
 // f(lane, count, tile of the panel's step 0) for every 16 rows or columns of a panel; `count` of them exist.
 template <class F>
 inline void for_each_half_panel(const GemmPack& call, const F& f) {
-  for (int64_t lane = 0; lane < (call.count + panel_size - 1) / panel_size * panel_size; lane += 16) {
+  for (int64_t lane = 0; lane < rounded_up(call.count, panel_size); lane += 16) {
     char* panel = static_cast<char*>(call.panels) + lane / panel_size * call.panel_bytes;
     const int64_t left = call.count - lane;
     f(lane, left < 0 ? 0 : left > 16 ? 16 : left, panel + lane % panel_size / 16 * tile_bytes);
@@ -92,7 +92,7 @@ inline void pack_int8(const GemmPack& call, const F& at) {
         quantise(from, source.depth_stride, call.depth, call.scales[lane + i], put);
         end = call.depth;
       }
-      for (; end < (call.depth + 63) / 64 * 64; ++end) put(end, 0);
+      for (; end < rounded_up(call.depth, 64); ++end) put(end, 0);
     }
   });
 }

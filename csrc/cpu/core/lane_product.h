@@ -4,6 +4,7 @@
 //
 // Every element of C is one sum from zero over ascending k, whatever block it falls into, then added to what was there.
 #pragma once
+#include "integers.h"
 #include "vec.h"
 
 namespace mmk::MMK_TIER {
@@ -81,7 +82,7 @@ inline void multiply_rows(const LaneProduct<A>& p, const A* a, A* c, int64_t cou
 template <int vectors, bool unit_step, class A>
 inline void multiply_lanes(const LaneProduct<A>& p, int64_t rows) {
   constexpr int most = vectors == 2 ? pair_rows : single_rows;
-  const int64_t blocks = (rows + most - 1) / most;
+  const int64_t blocks = ceil_div(rows, most);
   int64_t row = 0;
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t count = (rows - row) / (blocks - block);

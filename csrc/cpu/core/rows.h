@@ -45,6 +45,14 @@ inline A sum_over_pairs(int64_t channels, const Pair& pair, const One& one) {
   return V::sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
+// Of rows of any two types.
+template <class A, class X, class Y>
+inline A dot(const X* x, const Y* y, int64_t channels) {
+  return sum_over<A>(channels, [&](typename Vec<A>::Register sum, int64_t i, int64_t lanes) {
+    return Vec<A>::fma(load_lanes<A>(x + i, lanes), load_lanes<A>(y + i, lanes), sum);
+  });
+}
+
 template <class A>
 struct Sums {
   A first, second;

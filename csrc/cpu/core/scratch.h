@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "integers.h"
+
 namespace mmk {
 
 // Who a buffer is for. Two uses that are alive at once on one thread have slots of their own.
@@ -34,5 +36,24 @@ template <class T>
 T* scratch_of(ScratchUse use, std::int64_t count) {
   return static_cast<T*>(scratch(use, static_cast<std::size_t>(count) * sizeof(T)));
 }
+
+// One such buffer, cut into parts in cache lines of their own.
+class Workspace {
+ public:
+  explicit Workspace(ScratchUse use) : use_(use) {}
+
+  std::int64_t add(std::int64_t bytes) {
+    const std::int64_t offset = bytes_;
+    bytes_ += rounded_up(bytes, 64);
+    return offset;
+  }
+  void allocate() { base_ = scratch_of<char>(use_, bytes_); }
+  char* at(std::int64_t offset) const { return base_ + offset; }
+
+ private:
+  ScratchUse use_;
+  std::int64_t bytes_ = 0;
+  char* base_ = nullptr;
+};
 
 }  // namespace mmk
