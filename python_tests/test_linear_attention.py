@@ -110,14 +110,15 @@ def test_efficient_attention(dtype: torch.dtype, isa: str) -> None:
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_any_sizes(data: st.DataObject) -> None:
-    """Every tail of every vector and chunk, in every dtype."""
+    """Every tail of every vector and chunk, in every dtype; of several sequences, because the errors of a number or two are a
+    matter of luck."""
     causal = data.draw(st.booleans())
     length, keys = data.draw(st.integers(1, 150)), data.draw(st.integers(1, 150))
     group, kv = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 5))
     dtype = data.draw(st.sampled_from(DTYPES))
     d, dv = data.draw(st.integers(2, 40)), data.draw(st.integers(1, 40))
     call = Call(
-        heads(length, batch=1, num=group * kv, kv=kv, d=d, dv=dv, keys=None if causal else keys, dtype=dtype),
+        heads(length, batch=8, num=group * kv, kv=kv, d=d, dv=dv, keys=None if causal else keys, dtype=dtype),
         {"is_causal": causal, "normalize": data.draw(st.booleans()), "eps": 0.1, "return_state": True},
     )
 
