@@ -174,7 +174,7 @@ std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, MaybeTensor b
   if (lse.numel() == 0) return {out, lse};
   call.out = heads_operand(out, problem.packed);
   call.lse = lse.mutable_data_ptr();
-  if (is_tiny(call)) {
+  if (is_tiny(call, false)) {
     run_attention(kernels.tiny_items(call, nullptr), tiny_work(call), kernels.tiny_bytes(call, nullptr),
                   [&](std::int64_t begin, std::int64_t end, void* scratch) { kernels.tiny(call, nullptr, begin, end, scratch); });
     return {out, lse};
@@ -291,7 +291,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   back.grad_q = heads_operand(grad_q, packed);
   back.grad_k = heads_operand(grad_k, packed);
   back.grad_v = heads_operand(grad_v, packed);
-  if (is_tiny(call) && !(need_bias && grad_bias.numel() > 0)) {
+  if (is_tiny(call, true) && !(need_bias && grad_bias.numel() > 0)) {
     run_attention(kernels.tiny_items(call, &back), 3 * tiny_work(call), kernels.tiny_bytes(call, &back),
                   [&](std::int64_t begin, std::int64_t end, void* scratch) { kernels.tiny(call, &back, begin, end, scratch); });
     return {grad_q, grad_k, grad_v, grad_bias, grad_gate};

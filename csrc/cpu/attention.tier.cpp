@@ -33,7 +33,9 @@ class Forward {
   static constexpr int lanes = lanes_of<A>;
 
  public:
-  explicit Forward(const AttentionCall& c) : call(c), addends(c), dropout(c), products(c, layout) {
+  explicit Forward(const AttentionCall& c) : call(c), addends(c), dropout(c), products(c, layout, ahead) {
+    rows_at = layout.take(ceil_div(most_ahead * sizeof(void*), sizeof(A)));
+    ahead.bytes = most(c.dim, c.value_dim) * static_cast<int64_t>(sizeof(T));
     caches = c.keeps_addends && !addends.by_key;
     cached_elements = rounded_up(c.block_rows, lanes) * c.len_k;
     // A shorter sequence may have a longer block.
@@ -53,6 +55,7 @@ class Forward {
     if (!call.cu_q && !Products::takes(call, Pair(call, 0, 0))) return;
     memory = static_cast<A*>(scratch);
     products.begin(scratch);
+    ahead.rows = reinterpret_cast<const void**>(memory + rows_at);
     if (caches && !call.batch_inside)
       for (int64_t h = 0; h < call.kv_heads; ++h) memory[cached_at + h] = A(0);
     Item item(call, begin);
@@ -62,7 +65,7 @@ class Forward {
       if (row < item.pair.rows && Products::takes(call, item.pair)) {
         if (!(item.pair.b == staged_b && item.pair.h == staged_h)) stage(item.pair);
         if (caches) keep_addends(item);
-        following = next.pair.b != item.pair.b || next.pair.h != item.pair.h ? &next.pair : nullptr;
+        look_ahead(next.pair, item.pair);
         run_rows(item.pair, row, least(row + call.block_rows, item.pair.rows));
       }
       item = next;
@@ -105,14 +108,17 @@ class Forward {
     for (int64_t r = row; r < end; r += lanes) make_addends(call, pair, Panel<A>(pair, r, end), 0, pair.len_k, kept(pair.h, r - row));
   }
 
-  // A share of what the next item reads: it comes while this one computes.
-  void prefetch(int64_t index, int64_t parts) const {
-    if (following == nullptr) return;
-    const Pair& pair = *following;
-    prefetch_rows<T>(pair, call.k, pair.h, pair.first_k, pair.len_k, call.dim, index, parts);
-    prefetch_rows<T>(pair, call.v, pair.h, pair.first_k, pair.len_k, call.value_dim, index, parts);
-    for (int64_t g = 0; g < pair.group; ++g)
-      prefetch_rows<T>(pair, call.q, pair.h * pair.group + g, pair.first_q, pair.len_q, call.dim, index, parts);
+  // What `next` reads comes while `pair` computes.
+  void look_ahead(const Pair& next, const Pair& pair) {
+    ahead.count = ahead.next = 0;
+    if (next.b == pair.b && next.h == pair.h) return;
+    if (next.rows + 2 * next.len_k > most_ahead) return;
+    for (int64_t g = 0; g < next.group; ++g) add_rows<T>(next, call.q, next.h * next.group + g, next.first_q, next.len_q, ahead);
+    add_rows<T>(next, call.k, next.h, next.first_k, next.len_k, ahead);
+    add_rows<T>(next, call.v, next.h, next.first_k, next.len_k, ahead);
+    const int64_t looks = ceil_div(pair.len_k, pair_rows) * (call.dim / ahead_steps) +
+                          ceil_div(call.value_dim, pair_rows) * (pair.len_k / ahead_steps);
+    ahead.at_once = ceil_div(ahead.count, most(ceil_div(least(call.block_rows, pair.rows), lanes) * looks, 1));
   }
 
   void stage(const Pair& pair) {
@@ -147,7 +153,7 @@ class Forward {
           const Intervals<A> intervals(call, pair, panels[p]);
           const int64_t first = most(key, intervals.first / Products::first_unit * Products::first_unit);
           const int64_t last = least(least(key + block, pair.len_k), intervals.last);
-          if (key == 0) prefetch((group - begin) / lanes + p, steps);
+          if (key == 0) ahead.until(ahead.count * ((group - begin) / lanes + p) / steps);
           if (first >= last) continue;
           with_vectors(panels[p].vectors(), [&]<int vectors>() {
             run_block<vectors>(pair, panels[p], intervals, p, group - begin + p * lanes, first, last, started[p], states[p]);
@@ -247,10 +253,10 @@ class Forward {
   const Addends addends;
   const Dropout dropout;
   Layout layout;
+  Ahead ahead;
   Products products;
   bool caches, streams;
-  int64_t cached_elements, scores_at, cached_at, addends_at;
-  const Pair* following = nullptr;
+  int64_t cached_elements, rows_at, scores_at, cached_at, addends_at;
   A* memory = nullptr;
   int64_t staged_b = -1, staged_h = -1, cached_h = -1, cached_block = -1;
 };

@@ -27,7 +27,9 @@ class Backward {
         addends(backward.call),
         dropout(backward.call),
         most_panels(longest_run(call.heads / call.kv_heads * call.len_q, back.splits) / lanes + 2),
-        products(backward.call, most_panels, layout) {
+        products(backward.call, most_panels, layout, ahead) {
+    ahead_at = layout.take(ceil_div(most_ahead * sizeof(void*), sizeof(A)));
+    ahead.bytes = most(call.dim, call.value_dim) * static_cast<int64_t>(sizeof(T));
     const int64_t block = least(rounded_up(call.len_k, Products::key_unit), backward_keys) * lanes;
     capped_at = layout.take(call.softcap > 0 ? block : 0);
     lse_at = layout.take(most_panels * lanes);
@@ -52,6 +54,7 @@ class Backward {
     if (!call.cu_q && !Products::takes(call, Pair(call, 0, 0))) return;
     memory = static_cast<A*>(scratch);
     products.begin(scratch);
+    ahead.rows = reinterpret_cast<const void**>(memory + ahead_at);
     const int64_t members = (back.group_batch ? call.batch : 1) * (back.group_heads ? call.kv_heads : 1);
     const int64_t run_length = ceil_div(members, back.chunks);
     for (int64_t task = begin; task < end; ++task) {
@@ -59,8 +62,7 @@ class Backward {
       const int64_t group = task / back.splits / back.chunks;
       for (int64_t m = chunk * run_length; m < least((chunk + 1) * run_length, members); ++m) {
         const Pair pair = member(group, m), next = member(group, least(m + 1, members - 1));
-        following = m + 1 < members ? &next : nullptr;
-        if (Products::takes(call, pair)) run_pair(pair, chunk, split);
+        if (Products::takes(call, pair)) run_pair(pair, next, chunk, split);
       }
     }
     products.end();
@@ -78,24 +80,30 @@ class Backward {
     return Pair(call, group / call.kv_heads, group % call.kv_heads);
   }
 
-  // A share of what the next pair reads: it comes while this one computes.
-  void prefetch(int64_t index, int64_t parts) const {
-    if (following == nullptr) return;
-    const Pair& pair = *following;
-    prefetch_rows<T>(pair, call.k, pair.h, pair.first_k, pair.len_k, call.dim, index, parts);
-    prefetch_rows<T>(pair, call.v, pair.h, pair.first_k, pair.len_k, call.value_dim, index, parts);
-    for (int64_t head = pair.h * pair.group; head < (pair.h + 1) * pair.group; ++head) {
-      prefetch_rows<T>(pair, call.q, head, pair.first_q, pair.len_q, call.dim, index, parts);
-      if (!at_once(pair)) prefetch_rows<T>(pair, call.out, head, pair.first_q, pair.len_q, call.value_dim, index, parts);
-      prefetch_rows<T>(pair, back.grad_out, head, pair.first_q, pair.len_q, call.value_dim, index, parts);
+  // What `next` reads comes while a pair computes, `panels` of it.
+  void look_ahead(const Pair& next, const Pair& pair, int64_t panels) {
+    ahead.count = ahead.next = 0;
+    if (next.b == pair.b && next.h == pair.h) return;
+    const bool reads_out = !at_once(next);
+    if ((reads_out ? 3 : 2) * next.rows + 2 * next.len_k > most_ahead) return;
+    add_rows<T>(next, call.k, next.h, next.first_k, next.len_k, ahead);
+    add_rows<T>(next, call.v, next.h, next.first_k, next.len_k, ahead);
+    for (int64_t head = next.h * next.group; head < (next.h + 1) * next.group; ++head) {
+      add_rows<T>(next, call.q, head, next.first_q, next.len_q, ahead);
+      if (reads_out) add_rows<T>(next, call.out, head, next.first_q, next.len_q, ahead);
+      add_rows<T>(next, back.grad_out, head, next.first_q, next.len_q, ahead);
     }
+    const int64_t looks = ceil_div(pair.len_k, pair_rows) * ((call.dim + call.value_dim) / ahead_steps) +
+                          ceil_div(call.dim, pair_rows) * (pair.len_k / ahead_steps);
+    ahead.at_once = ceil_div(ahead.count, most(panels * looks, 1));
   }
 
-  void run_pair(const Pair& pair, int64_t chunk, int64_t split) {
+  void run_pair(const Pair& pair, const Pair& next, int64_t chunk, int64_t split) {
     const int64_t parts = row_parts(pair.rows), own = most(parts / back.splits, 1), first_part = split * own;
     if (first_part >= parts) return;
     const int64_t begin = part_begin(pair.rows, first_part, parts), end = part_begin(pair.rows, first_part + own, parts);
     number = pair.b * call.kv_heads + pair.h;
+    look_ahead(next, pair, ceil_div(end - begin, lanes));
     if (back.grad_pad) {
       A* pad = static_cast<A*>(back.grad_pad) + number * (call.dim + call.value_dim);
       for (int64_t k = 0; k < call.dim + call.value_dim; ++k) pad[k] = A(0);
@@ -131,7 +139,7 @@ class Backward {
       }
       if (!any) continue;
       for (int64_t p = 0; p < panels; ++p) {
-        if (key == 0) prefetch((row - begin) / lanes + p, ceil_div(end - begin, lanes));
+        if (key == 0) ahead.until(ahead.count * ((row - begin) / lanes + p) / ceil_div(end - begin, lanes));
         if (seen[p]) {
           const Panel<A> panel(pair, row + p * lanes, last);
           with_vectors(panel.vectors(), [&]<int vectors>() {
@@ -417,11 +425,11 @@ class Backward {
   const Dropout dropout;
   int64_t number = 0;  // of the pair
   bool stream_queries, stream_keys, stream_values;
-  const Pair* following = nullptr;
   const int64_t most_panels;  // of a task's rows
   Layout layout;
+  Ahead ahead;
   Products products;
-  int64_t capped_at, lse_at, centre_at, inverse_at, row_factors_at, rows_at, unit_at, pending_at, pending_step, addends_at;
+  int64_t ahead_at, capped_at, lse_at, centre_at, inverse_at, row_factors_at, rows_at, unit_at, pending_at, pending_step, addends_at;
   A* memory = nullptr;
 };
 

@@ -6,6 +6,7 @@
 // weights are already what the product with the values reads.
 #pragma once
 #include "attention_rows.h"
+#include "core/ahead.h"
 #include "core/math.h"
 
 namespace mmk::MMK_TIER {
@@ -169,15 +170,14 @@ inline void from_lanes(int vectors, int64_t count, int64_t depth, const A* from,
   }
 }
 
-// Asks for part `index` of `parts` of the lines of a pair's operand, whose turn comes soon.
+// Adds the rows of a pair's operand to what is asked for ahead.
 template <class T>
-inline void prefetch_rows(const Pair& pair, const AttentionOperand& operand, int64_t head, int64_t first, int64_t count,
-                          int64_t channels, int64_t index, int64_t parts) {
-  for (int64_t i = count * index / parts; i < count * (index + 1) / parts; ++i) {
-    const char* row = reinterpret_cast<const char*>(pair.at<T>(operand, head, i, first));
-    for (int64_t byte = 0; byte < channels * static_cast<int64_t>(sizeof(T)); byte += 64) __builtin_prefetch(row + byte, 0, 2);
-  }
+inline void add_rows(const Pair& pair, const AttentionOperand& operand, int64_t head, int64_t first, int64_t count, Ahead& ahead) {
+  for (int64_t i = 0; i < count; ++i) ahead.add(pair.at<T>(operand, head, i, first));
 }
+
+// A pair of more rows computes long enough to wait for some of them.
+inline constexpr int64_t most_ahead = 2048;
 
 // Keys or values of a pair as accumulators: where they lie, if they lie as the products read them, else copied to `to`.
 // `row_factor(j)`: each row's factor, 1 where there is none.

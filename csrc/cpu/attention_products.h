@@ -20,18 +20,18 @@ inline bool is_few(int64_t rows, const Pair& pair, const AttentionCall& call) {
 
 // to [keys][lanes] = keys [keys][depth] . panel [depth][lanes]
 template <class A, int vectors>
-inline void score_panel(const Staged<A>& keys, int64_t begin, int64_t end, int64_t depth, const A* panel, A* to) {
+inline void score_panel(const Staged<A>& keys, int64_t begin, int64_t end, int64_t depth, const A* panel, A* to, Ahead* ahead) {
   multiply_lanes<vectors, true>(LaneProduct<A>{keys.data + begin * keys.row, keys.row, 1, panel, lanes_of<A>, depth, 1, 0, depth,
-                                               to, lanes_of<A>, false},
+                                               to, lanes_of<A>, false, ahead},
                                 end - begin);
 }
 
 // to [channels][lanes] (+)= values^T [channels][keys] . weights [keys][lanes]
 template <class A, int vectors>
 inline void weigh_panel(const Staged<A>& values, int64_t begin, int64_t end, int64_t channels, const A* weights, bool accumulate,
-                        A* to) {
+                        A* to, Ahead* ahead) {
   multiply_lanes<vectors, false>(LaneProduct<A>{values.data + begin * values.row, 1, values.row, weights, lanes_of<A>,
-                                                end - begin, 1, 0, end - begin, to, lanes_of<A>, accumulate},
+                                                end - begin, 1, 0, end - begin, to, lanes_of<A>, accumulate, ahead},
                                  channels);
 }
 

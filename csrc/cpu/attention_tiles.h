@@ -95,7 +95,7 @@ class ForwardTiles {
  public:
   static constexpr int64_t key_unit = 32, first_unit = 32;
 
-  ForwardTiles(const AttentionCall& c, Layout& layout) : call(c) {
+  ForwardTiles(const AttentionCall& c, Layout& layout, Ahead&) : call(c) {
     const int64_t block = least(rounded_up(c.len_k, key_unit), forward_keys);
     queries_at = layout.take(panels_size(group_panels * lanes, c.dim));
     factors_at = layout.take(group_panels * lanes);
@@ -174,7 +174,7 @@ class BackwardTiles {
 
   const int64_t dim, value_dim;  // of rows of dK and dV: padded to whole panels
 
-  BackwardTiles(const AttentionCall& c, int64_t panels, Layout& layout)
+  BackwardTiles(const AttentionCall& c, int64_t panels, Layout& layout, Ahead&)
       : dim(rounded_up(c.dim, 32)), value_dim(rounded_up(c.value_dim, 32)), call(c), most_panels(panels) {
     const int64_t block = least(rounded_up(c.len_k, key_unit), backward_keys);
     weights_at = layout.take(block * lanes);

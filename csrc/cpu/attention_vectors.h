@@ -32,7 +32,7 @@ class ForwardVectors {
   // the rows of a panel begin to see.
   static constexpr int64_t first_unit = 4;
 
-  ForwardVectors(const AttentionCall& c, Layout& layout) : call(c) {
+  ForwardVectors(const AttentionCall& c, Layout& layout, Ahead& next) : call(c), ahead(next) {
     panels_at = layout.take(group_panels * c.dim * lanes);
     outs_at = layout.take(group_panels * c.value_dim * lanes);
     keys_at = layout.take(c.len_k * c.dim);
@@ -73,7 +73,7 @@ class ForwardVectors {
     const A* queries = memory + panels_at + p * call.dim * lanes;
     const int64_t count = last - first;
     if (!goes_few(pair, panel)) {
-      score_panel<A, vectors>(keys, first, last, call.dim, queries, scores);
+      score_panel<A, vectors>(keys, first, last, call.dim, queries, scores, &ahead);
     } else if (direct) {
       score_few<A>(pair.key<T>(call.k, first), call.k.row, count, queries, panel.count, call.dim, scores);
     } else {
@@ -88,7 +88,7 @@ class ForwardVectors {
     A* outs = memory + outs_at + p * call.value_dim * lanes;
     if (!goes_few(pair, panel)) {
       if (started) rescale_sums<A>(call.value_dim, rescale, outs);
-      return weigh_panel<A, vectors>(values, first, last, call.value_dim, weights, started, outs);
+      return weigh_panel<A, vectors>(values, first, last, call.value_dim, weights, started, outs, &ahead);
     }
     const int64_t count = last - first;
     if (started) {
@@ -125,6 +125,7 @@ class ForwardVectors {
   bool goes_few(const Pair& pair, const Panel<A>& panel) const { return is_few<A>(panel.count, pair, call); }
 
   const AttentionCall& call;
+  Ahead& ahead;
   int64_t panels_at, outs_at, keys_at, values_at;
   A* memory = nullptr;
   bool direct = false;
@@ -145,8 +146,8 @@ class BackwardVectors {
   const int64_t dim, value_dim;  // of rows of dK and dV: padded to whole vectors
 
   // `panels`: of a task's rows at most.
-  BackwardVectors(const AttentionCall& c, int64_t panels, Layout& layout)
-      : dim(rounded_up(c.dim, V::width)), value_dim(rounded_up(c.value_dim, V::width)), call(c) {
+  BackwardVectors(const AttentionCall& c, int64_t panels, Layout& layout, Ahead& next)
+      : dim(rounded_up(c.dim, V::width)), value_dim(rounded_up(c.value_dim, V::width)), call(c), ahead(next) {
     const int64_t keys_of_block = least(rounded_up(c.len_k, key_unit), backward_keys);
     weights_at = layout.take(gathered_panels * keys_of_block * lanes);
     grads_at = layout.take(gathered_panels * keys_of_block * lanes);
@@ -206,7 +207,7 @@ class BackwardVectors {
       const A* queries = memory + query_rows_at + row * dim;
       return score_few<A>(keys.data + first * keys.row, keys.row, last - first, queries, panel.count, call.dim, to);
     }
-    score_panel<A, vectors>(keys, first, last, call.dim, memory + query_panels_at + row * call.dim, to);
+    score_panel<A, vectors>(keys, first, last, call.dim, memory + query_panels_at + row * call.dim, to, &ahead);
   }
 
   // dO V^T of the same.
@@ -216,7 +217,7 @@ class BackwardVectors {
       const A* upstream = memory + out_rows_at + row * value_dim;
       return score_few<A>(values.data + first * values.row, values.row, last - first, upstream, panel.count, call.value_dim, to);
     }
-    score_panel<A, vectors>(values, first, last, call.value_dim, memory + out_panels_at + row * call.value_dim, to);
+    score_panel<A, vectors>(values, first, last, call.value_dim, memory + out_panels_at + row * call.value_dim, to, &ahead);
   }
 
   // Adds dS K of these keys to a panel's sums.
@@ -226,7 +227,7 @@ class BackwardVectors {
     if (few(pair, panel)) {
       return weigh_few<A>(keys.data + first * keys.row, keys.row, last - first, grad, panel.count, call.dim, true, sums);
     }
-    weigh_panel<A, vectors>(keys, first, last, call.dim, grad, true, sums);
+    weigh_panel<A, vectors>(keys, first, last, call.dim, grad, true, sums, &ahead);
   }
 
   // What gather needs of the p-th panel stays where it is.
@@ -257,6 +258,7 @@ class BackwardVectors {
 
  private:
   const AttentionCall& call;
+  Ahead& ahead;
   int64_t weights_at, grads_at, dropped_at, keys_at, values_at, key_factors_at, grad_keys_at, grad_values_at, query_rows_at,
       out_rows_at, query_panels_at, out_panels_at, grad_panels_at;
   A* memory = nullptr;

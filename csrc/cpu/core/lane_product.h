@@ -4,6 +4,7 @@
 //
 // Every element of C is one sum from zero over ascending k, whatever block it falls into, then added to what was there.
 #pragma once
+#include "ahead.h"
 #include "integers.h"
 #include "vec.h"
 
@@ -19,6 +20,9 @@ inline constexpr int pair_rows = 6, single_rows = 12;
 inline constexpr int pair_rows = 6, single_rows = 10;
 #endif
 
+// Steps of k between one look ahead and the next.
+inline constexpr int64_t ahead_steps = 8;
+
 template <class A>
 struct LaneProduct {
   const A* a;  // element (i, k) at i * a_row + k * a_step
@@ -31,6 +35,7 @@ struct LaneProduct {
   A* c;
   int64_t c_row;
   bool accumulate;  // add to what is there
+  Ahead* ahead = nullptr;  // asked for on the way
 };
 
 template <int rows, int vectors, bool unit_step, class A>
@@ -59,6 +64,7 @@ inline void multiply_block(const LaneProduct<A>& p, const A* a, A* c) {
       }
       at += step;
       b += p.b_step;
+      if (k % ahead_steps == ahead_steps - 1 && p.ahead) p.ahead->some();
     }
   }
 #pragma GCC unroll 16
