@@ -135,7 +135,8 @@ inline constexpr int64_t tiny_rows = 16, tiny_keys = 32;
 inline bool is_tiny(const AttentionCall& call, bool backward) {
   const int64_t most_channels = backward ? 64 : 40;  // of a query and a value
   return call.dim + call.value_dim <= most_channels && call.cu_q == nullptr && call.windows.tokens == nullptr &&
-         call.heads == call.kv_heads && call.len_q > 4 && call.len_q <= tiny_rows && call.len_k > 0 && call.len_k <= tiny_keys && call.batch >= 8 && call.gate == nullptr &&
+         call.heads == call.kv_heads && call.len_q > 4 && call.len_q <= tiny_rows && call.len_k > 0 &&
+         call.len_k <= tiny_keys && call.batch >= 8 && call.gate == nullptr &&
          call.normalise == 0 && call.softcap == 0 && call.dropout_p == 0 && call.limits.data == nullptr &&
          call.segments_q.data == nullptr && call.head_scale == nullptr && call.bias.batch == 0 && call.mask.batch == 0;
 }
