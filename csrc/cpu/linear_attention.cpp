@@ -279,6 +279,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_attention_backward(
   back.grad_v = heads_operand(grad_v, packed);
   back.grad_s = grad_state_s.mutable_data_ptr();
   back.grad_z = grad_state_z.mutable_data_ptr();
+  call.stream = exceeds_cache(2 * (q.numel() + k.numel() + v.numel()) * static_cast<std::int64_t>(q.element_size()));
   // The kernels take both or none.
   std::optional<Tensor> zeros;
   const auto upstream = [&](const MaybeTensor& given, bool of_s) -> const void* {

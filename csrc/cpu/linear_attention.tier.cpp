@@ -6,6 +6,8 @@ namespace {
 
 template <class A, class T>
 void sums(const LinearAttentionCall& call, int64_t begin, int64_t end, void* scratch) {
+  const Shape<A> shape(call);
+  NextRows<A> following(most(call.dim, call.value_dim) * static_cast<int64_t>(sizeof(T)));
   for (int64_t item = begin; item < end; ++item) {
     const Sequence sequence(call, item / call.segments);
     const Range range = Range::segment(call, sequence.len_k, item % call.segments);
@@ -20,7 +22,9 @@ void sums(const LinearAttentionCall& call, int64_t begin, int64_t end, void* scr
     for (int64_t j = range.begin; j < range.end; j += chunk_rows) {
       const int64_t count = least(chunk_rows, range.end - j);
       keys.load(call, sequence, j, count, shift);
-      keys.add_to(call, count, state);
+      Ahead* ahead = following.look(j + count, least(j + count + chunk_rows, range.end), 2, count, call.dim, shape.value_dim,
+                                    [&](int64_t which, int64_t i) { return sequence.key<T>(which == 0 ? call.k : call.v, i); });
+      keys.add_to(call, count, state, ahead);
     }
     const StateAt<A> to = call.segments == 1 ? StateAt<A>::pair(call, call.final_s, call.final_z, sequence.pair)
                                              : StateAt<A>::segment(call, call.partial, item);
@@ -33,6 +37,7 @@ void queries(const LinearAttentionCall& call, int64_t begin, int64_t end, void* 
   const Shape<A> shape(call);
   const int64_t blocks = linear_attention_blocks(call.len_q), group = call.heads / call.kv_heads;
   const bool stream = rows_stream<T>(call, call.out, call.value_dim);
+  NextRows<A> following(call.dim * static_cast<int64_t>(sizeof(T)));
   for (int64_t item = begin; item < end; ++item) {
     const int64_t head = item / blocks % call.heads;
     const Sequence sequence(call, item / blocks / call.heads * call.kv_heads + head / group);
@@ -52,7 +57,9 @@ void queries(const LinearAttentionCall& call, int64_t begin, int64_t end, void* 
         A* row = features + r * shape.dim;
         if (totals.divides) scale_row(row, shape.dim, totals.inverse(dot<A>(row, totals.z, shape.dim)));
       }
-      by_rows<A>({features, shape.dim}, state.rows(call), call.dim, count, shape.value_dim, false, results, shape.value_dim);
+      Ahead* ahead = following.look(i + count, least(i + count + query_rows, range.end), 1, call.dim, count, shape.value_dim,
+                                    [&](int64_t, int64_t next) { return sequence.query<T>(call.q, head, next); });
+      by_rows<A>({features, shape.dim}, state.rows(call), call.dim, count, shape.value_dim, false, results, shape.value_dim, ahead);
       for (int64_t r = 0; r < count; ++r)
         store_row(results + r * shape.value_dim, call.value_dim, stream, sequence.query<T>(call.out, head, i + r));
     }

@@ -42,6 +42,8 @@ void queries(const LinearAttentionBackward& back, int64_t begin, int64_t end, vo
   const LinearAttentionCall& call = back.call;
   const Shape<A> shape(call);
   const int64_t group = call.heads / call.kv_heads;
+  const bool stream = rows_stream<T>(call, back.grad_q, call.dim);
+  NextRows<A> following(most(call.dim, call.value_dim) * static_cast<int64_t>(sizeof(T)));
   for (int64_t item = begin; item < end; ++item) {
     const Sequence sequence(call, item / call.segments);
     const Range range = Range::segment(call, sequence.len_q, item % call.segments);
@@ -75,37 +77,56 @@ void queries(const LinearAttentionBackward& back, int64_t begin, int64_t end, vo
             const A inverse = totals.inverse(dot<A>(row, totals.z, shape.dim));
             of_totals[r] = -dot<A>(row, result, shape.dim) * inverse;  // times the total: so the rows below are scaled
             multiply_add_row(result, inverse, totals.z, of_totals[r] * inverse, shape.dim, result);
-            store_gradient(call.feature_map, result, row, call.dim, sequence.query<T>(back.grad_q, head, i + r));
+            store_gradient(call.feature_map, result, row, call.dim, stream, sequence.query<T>(back.grad_q, head, i + r));
             scale_row(row, shape.dim, inverse);
           } else {
-            store_gradient(call.feature_map, result, row, call.dim, sequence.query<T>(back.grad_q, head, i + r));
+            store_gradient(call.feature_map, result, row, call.dim, stream, sequence.query<T>(back.grad_q, head, i + r));
           }
         }
         if (totals.divides) add_columns<A>(features, shape.dim, count, of_totals, gradient.z);
-        by_cols<A>({features, shape.dim}, upstream, count, call.dim, shape.value_dim, gradient.s, shape.value_dim);
+        Ahead* ahead = following.look(
+            i + count, least(i + count + query_rows, range.end), 2, count, call.dim, shape.value_dim,
+            [&](int64_t which, int64_t next) { return sequence.query<T>(which == 0 ? call.q : back.grad_out, head, next); });
+        by_cols<A>({features, shape.dim}, upstream, count, call.dim, shape.value_dim, gradient.s, shape.value_dim, ahead);
       }
     const StateAt<A> to = call.segments == 1 ? StateAt<A>::pair(call, back.grad_s, back.grad_z, sequence.pair)
                                              : StateAt<A>::segment(call, back.partial, item);
     gradient.store(call, to.s, to.z);
   }
+  if (stream) stream_fence();
 }
 
 // Stores the gradients of the keys of a chunk. Keys that do not count have none.
 template <class A, class T>
-inline void store_keys(const LinearAttentionBackward& back, const Sequence& sequence, int64_t j, int64_t count, const A* of_keys,
-                       const A* features, const A* of_values) {
-  const LinearAttentionCall& call = back.call;
-  const int64_t dim = padded<A>(call.dim), value_dim = padded<A>(call.value_dim);
-  for (int64_t r = 0; r < count; ++r) {
-    T* to = sequence.key<T>(back.grad_k, j + r);
-    if (sequence.counts(call, j + r)) {
-      store_gradient(call.feature_map, of_keys + r * dim, features + r * dim, call.dim, to);
-    } else {
-      memset(static_cast<void*>(to), 0, static_cast<size_t>(call.dim) * sizeof(T));
-    }
-    store_row(of_values + r * value_dim, call.value_dim, false, sequence.key<T>(back.grad_v, j + r));
+class KeyGradients {
+ public:
+  explicit KeyGradients(const LinearAttentionBackward& backward)
+      : back(backward),
+        stream_keys(rows_stream<T>(back.call, back.grad_k, back.call.dim)),
+        stream_values(rows_stream<T>(back.call, back.grad_v, back.call.value_dim)) {}
+  KeyGradients(const KeyGradients&) = delete;
+  ~KeyGradients() {
+    if (stream_keys || stream_values) stream_fence();
   }
-}
+
+  void store(const Sequence& sequence, int64_t j, int64_t count, const A* of_keys, const A* features, const A* of_values) const {
+    const LinearAttentionCall& call = back.call;
+    const int64_t dim = padded<A>(call.dim), value_dim = padded<A>(call.value_dim);
+    for (int64_t r = 0; r < count; ++r) {
+      T* to = sequence.key<T>(back.grad_k, j + r);
+      if (sequence.counts(call, j + r)) {
+        store_gradient(call.feature_map, of_keys + r * dim, features + r * dim, call.dim, stream_keys, to);
+      } else {
+        memset(static_cast<void*>(to), 0, static_cast<size_t>(call.dim) * sizeof(T));
+      }
+      store_row(of_values + r * value_dim, call.value_dim, stream_values, sequence.key<T>(back.grad_v, j + r));
+    }
+  }
+
+ private:
+  const LinearAttentionBackward& back;
+  const bool stream_keys, stream_values;
+};
 
 template <class A>
 inline void fill_rows(const A* row, int64_t row_size, int64_t count, A* to) {
@@ -118,6 +139,8 @@ void keys(const LinearAttentionBackward& back, int64_t begin, int64_t end, void*
   const Shape<A> shape(call);
   const bool is_softmax = call.feature_map == FeatureMap::softmax;
   const int64_t blocks = is_softmax ? 1 : linear_attention_blocks(call.len_k);
+  const KeyGradients<A, T> gradients(back);
+  NextRows<A> following(most(call.dim, call.value_dim) * static_cast<int64_t>(sizeof(T)));
   for (int64_t item = begin; item < end; ++item) {
     const Sequence sequence(call, item / blocks);
     const Range range = is_softmax ? Range{0, sequence.len_k} : Range::block(sequence.len_k, item % blocks);
@@ -136,9 +159,11 @@ void keys(const LinearAttentionBackward& back, int64_t begin, int64_t end, void*
       const int64_t count = least(chunk_rows, range.end - j);
       at_hand.load(call, sequence, j, count, shift);
       fill_rows(gradient.z, shape.dim, count, of_keys);
-      by_rows<A>(at_hand.values, {across, shape.dim}, call.value_dim, count, shape.dim, true, of_keys, shape.dim);
+      Ahead* ahead = following.look(j + count, least(j + count + chunk_rows, range.end), 2, call.value_dim, count, shape.dim,
+                                    [&](int64_t which, int64_t next) { return sequence.key<T>(which == 0 ? call.k : call.v, next); });
+      by_rows<A>(at_hand.values, {across, shape.dim}, call.value_dim, count, shape.dim, true, of_keys, shape.dim, ahead);
       by_rows<A>(at_hand.rows(call), gradient.rows(call), call.dim, count, shape.value_dim, false, of_values, shape.value_dim);
-      store_keys<A, T>(back, sequence, j, count, of_keys, at_hand.features, of_values);
+      gradients.store(sequence, j, count, of_keys, at_hand.features, of_values);
     }
   }
 }
@@ -183,6 +208,7 @@ void causal_queries(const LinearAttentionBackward& back, int64_t begin, int64_t 
   const LinearAttentionCall& call = back.call;
   const Shape<A> shape(call);
   const int64_t group = call.heads / call.kv_heads;
+  const bool stream = rows_stream<T>(call, back.grad_q, call.dim);
   for (int64_t item = begin; item < end; ++item) {
     const Sequence sequence(call, item / call.segments);
     const Range range = Range::segment(call, sequence.len_k, item % call.segments);
@@ -223,7 +249,7 @@ void causal_queries(const LinearAttentionBackward& back, int64_t begin, int64_t 
         }
         add_seen<A>(at_hand.slopes, keys.rows(call), count, shape.dim, results, shape.dim);
         for (int64_t r = 0; r < count; ++r)
-          store_gradient(call.feature_map, results + r * shape.dim, at_hand.features + r * shape.dim, call.dim,
+          store_gradient(call.feature_map, results + r * shape.dim, at_hand.features + r * shape.dim, call.dim, stream,
                          sequence.query<T>(back.grad_q, head, i + r));
         if (call.segments > 1) {
           if (totals.divides) {
@@ -242,6 +268,7 @@ void causal_queries(const LinearAttentionBackward& back, int64_t begin, int64_t 
       gradient.store(call, to.s, to.z);
     }
   }
+  if (stream) stream_fence();
 }
 
 template <class A, class T>
@@ -249,6 +276,7 @@ void causal_keys(const LinearAttentionBackward& back, int64_t begin, int64_t end
   const LinearAttentionCall& call = back.call;
   const Shape<A> shape(call);
   const int64_t group = call.heads / call.kv_heads;
+  const KeyGradients<A, T> gradients(back);
   for (int64_t item = begin; item < end; ++item) {
     const Sequence sequence(call, item / call.segments);
     const Range range = Range::segment(call, sequence.len_k, item % call.segments);
@@ -286,7 +314,7 @@ void causal_keys(const LinearAttentionBackward& back, int64_t begin, int64_t end
         by_cols<A>({at_hand.features, shape.dim}, at_hand.upstream, count, call.dim, shape.value_dim, gradient.s,
                    shape.value_dim);
       }
-      store_keys<A, T>(back, sequence, i, count, of_keys, keys.features, of_values);
+      gradients.store(sequence, i, count, of_keys, keys.features, of_values);
     }
     if (call.segments == 1) {
       const StateAt<A> to = StateAt<A>::pair(call, back.grad_s, back.grad_z, sequence.pair);

@@ -272,11 +272,14 @@ inline void scale_row(A* row, int64_t count, A factor) {
 
 // Gradients of features as those of what they were made from.
 template <class A, class T>
-inline void store_gradient(FeatureMap map, const A* gradients, const A* features, int64_t channels, T* to) {
+inline void store_gradient(FeatureMap map, const A* gradients, const A* features, int64_t channels, bool stream, T* to) {
   with_map(map, [&]<FeatureMap constant>() {
-    for_each_vector<A>(channels, [&](int64_t c, int64_t lanes) {
-      store_lanes<A>(to + c, Vec<A>::load(gradients + c) * slope<constant, A>(Vec<A>::load(features + c)), lanes);
-    });
+    const auto value = [&](int64_t c) { return Vec<A>::load(gradients + c) * slope<constant, A>(Vec<A>::load(features + c)); };
+    if (stream) {
+      for (int64_t c = 0; c < channels; c += Vec<A>::width) Vec<A>::stream(to + c, value(c));
+    } else {
+      for_each_vector<A>(channels, [&](int64_t c, int64_t lanes) { store_lanes<A>(to + c, value(c), lanes); });
+    }
   });
 }
 
@@ -284,10 +287,10 @@ inline void store_gradient(FeatureMap map, const A* gradients, const A* features
 // c [rows][cols] (+)= a b, over `depth`; cols are whole vectors. Element (i, k) of a at i * a_row + k * a_step.
 template <bool unit_step, class A>
 inline void product(const A* a, int64_t a_row, int64_t a_step, Staged<A> b, int64_t depth, int64_t rows, int64_t cols, bool accumulate,
-                    A* c, int64_t c_row) {
+                    A* c, int64_t c_row, Ahead* ahead) {
   constexpr int64_t width = Vec<A>::width;
   for (int64_t col = 0; col < cols; col += 2 * width) {
-    const LaneProduct<A> call{a, a_row, a_step, b.data + col, b.row, depth, 1, 0, depth, c + col, c_row, accumulate};
+    const LaneProduct<A> call{a, a_row, a_step, b.data + col, b.row, depth, 1, 0, depth, c + col, c_row, accumulate, ahead};
     if (col + width < cols) {
       multiply_lanes<2, unit_step>(call, rows);
     } else {
@@ -298,14 +301,16 @@ inline void product(const A* a, int64_t a_row, int64_t a_step, Staged<A> b, int6
 
 // c [rows][cols] (+)= a b with rows of a.
 template <class A>
-inline void by_rows(Staged<A> a, Staged<A> b, int64_t depth, int64_t rows, int64_t cols, bool accumulate, A* c, int64_t c_row) {
-  product<true>(a.data, a.row, 1, b, depth, rows, cols, accumulate, c, c_row);
+inline void by_rows(Staged<A> a, Staged<A> b, int64_t depth, int64_t rows, int64_t cols, bool accumulate, A* c, int64_t c_row,
+                    Ahead* ahead = nullptr) {
+  product<true>(a.data, a.row, 1, b, depth, rows, cols, accumulate, c, c_row, ahead);
 }
 
 // c [rows][cols] += a^T b over the `depth` rows of both.
 template <class A>
-inline void by_cols(Staged<A> a, Staged<A> b, int64_t depth, int64_t rows, int64_t cols, A* c, int64_t c_row) {
-  product<false>(a.data, 1, a.row, b, depth, rows, cols, true, c, c_row);
+inline void by_cols(Staged<A> a, Staged<A> b, int64_t depth, int64_t rows, int64_t cols, A* c, int64_t c_row,
+                    Ahead* ahead = nullptr) {
+  product<false>(a.data, 1, a.row, b, depth, rows, cols, true, c, c_row, ahead);
 }
 
 // Rows that a triangle is cut into: a block of rows i takes all columns up to the block's last.
@@ -340,6 +345,30 @@ inline void add_seeing(const A* scores, Staged<A> b, int64_t count, int64_t cols
     by_cols<A>({scores + j * chunk_rows + j, chunk_rows}, {b.data + j * b.row, b.row}, count - j, rows, cols, c + j * c_row, c_row);
   }
 }
+
+// What is read next: the rows [begin, end) of two operands, or of one, while a product of `depth` steps and `rows` x `cols` results
+// is made.
+template <class A>
+class NextRows {
+ public:
+  explicit NextRows(int64_t bytes) {
+    ahead_.rows = rows_;
+    ahead_.bytes = bytes;
+  }
+  template <class F>
+  Ahead* look(int64_t begin, int64_t end, int64_t operands, int64_t depth, int64_t rows, int64_t cols, const F& row) {
+    ahead_.count = ahead_.next = 0;
+    for (int64_t i = begin; i < end; ++i)
+      for (int64_t operand = 0; operand < operands; ++operand) ahead_.add(row(operand, i));
+    const int64_t looks = ceil_div(rows, pair_rows) * ceil_div(cols, 2 * Vec<A>::width) * (depth / ahead_steps);
+    ahead_.at_once = ceil_div(ahead_.count, most(looks, 1));
+    return &ahead_;
+  }
+
+ private:
+  const void* rows_[2 * chunk_rows];
+  Ahead ahead_;
+};
 
 // --- states -------------------------------------------------------------------------------------------------------------
 // The state of a pair at hand: S [D][padded Dv], z [padded D].
@@ -429,8 +458,8 @@ struct Keys {
   Staged<A> rows(const LinearAttentionCall& call) const { return {features, padded<A>(call.dim)}; }
 
   // S += features^T values, z += the features.
-  void add_to(const LinearAttentionCall& call, int64_t count, const State<A>& state) const {
-    by_cols<A>(rows(call), values, count, call.dim, padded<A>(call.value_dim), state.s, padded<A>(call.value_dim));
+  void add_to(const LinearAttentionCall& call, int64_t count, const State<A>& state, Ahead* ahead = nullptr) const {
+    by_cols<A>(rows(call), values, count, call.dim, padded<A>(call.value_dim), state.s, padded<A>(call.value_dim), ahead);
     add_columns<A>(features, padded<A>(call.dim), count, nullptr, state.z);
   }
 };
