@@ -37,7 +37,7 @@ class Forward {
     rows_at = layout.take(ceil_div(most_ahead * sizeof(void*), sizeof(A)));
     ahead.bytes = most(c.dim, c.value_dim) * static_cast<int64_t>(sizeof(T));
     caches = c.keeps_addends && !addends.by_key;
-    cached_elements = rounded_up(c.block_rows, lanes) * c.len_k;
+    cached_elements = (rounded_up(c.block_rows, lanes) + lanes) * c.len_k;
     // A shorter sequence may have a longer block.
     const int64_t block = least(rounded_up(c.len_k, Products::key_unit), forward_keys);
     scores_at = layout.take(block * lanes);
@@ -90,6 +90,25 @@ class Forward {
     }
   };
 
+  // Rows [begin, end) of a pair as panels, whole ones but for the last. A few rows beyond the first vector of the last one are a
+  // panel of their own, where Products has products for them that cost less than a second vector.
+  struct Cut {
+    int64_t begin, end, panels;
+    bool apart;
+
+    Cut(const AttentionCall& call, const Pair& pair, int64_t first, int64_t last) : begin(first), end(last) {
+      const int64_t beyond = (end - begin) % lanes - V::width;
+      apart = beyond > 0 && Products::takes_few(beyond, pair, call);
+      panels = ceil_div(end - begin, lanes) + (apart ? 1 : 0);
+    }
+    Panel<A> panel(const Pair& pair, int64_t index) const {
+      const int64_t row = begin + index * lanes;
+      if (apart && index + 2 == panels) return Panel<A>(pair, row, row + V::width);
+      if (apart && index + 1 == panels) return Panel<A>(pair, row - lanes + V::width, end);
+      return Panel<A>(pair, row, end);
+    }
+  };
+
   A* kept(int64_t h, int64_t row) const {
     return memory + addends_at + (call.batch_inside ? 0 : h * cached_elements) + row * call.len_k;
   }
@@ -105,7 +124,8 @@ class Forward {
       memory[cached_at + pair.h] = A(1);
     }
     const int64_t row = item.block * call.block_rows, end = least(row + call.block_rows, pair.rows);
-    for (int64_t r = row; r < end; r += lanes) make_addends(call, pair, Panel<A>(pair, r, end), 0, pair.len_k, kept(pair.h, r - row));
+    const Cut cut(call, pair, row, end);
+    for (int64_t p = 0; p < cut.panels; ++p) make_addends(call, pair, cut.panel(pair, p), 0, pair.len_k, kept(pair.h, p * lanes));
   }
 
   // What `next` reads comes while `pair` computes.
@@ -134,9 +154,9 @@ class Forward {
 
   void run_rows(const Pair& pair, int64_t begin, int64_t end) {
     const int64_t block = equal_blocks(pair.len_k, forward_keys, Products::key_unit);
-    const int64_t steps = ceil_div(end - begin, lanes);
-    for (int64_t group = begin; group < end; group += group_panels * lanes) {
-      const int64_t count = least(group_panels, ceil_div(end - group, lanes));
+    const Cut cut(call, pair, begin, end);
+    for (int64_t group = 0; group < cut.panels; group += group_panels) {
+      const int64_t count = least(group_panels, cut.panels - group);
       State states[group_panels];
       Panel<A> panels[group_panels];
       bool started[group_panels] = {};
@@ -145,7 +165,7 @@ class Forward {
           states[p].top[v] = V::set(static_cast<A>(minus_infinity));
           states[p].sum[v] = V::zero();
         }
-        panels[p] = Panel<A>(pair, group + p * lanes, end);
+        panels[p] = cut.panel(pair, group + p);
         products.load_queries(pair, panels[p], p);
       }
       for (int64_t key = 0; key < pair.len_k; key += block) {
@@ -153,10 +173,10 @@ class Forward {
           const Intervals<A> intervals(call, pair, panels[p]);
           const int64_t first = most(key, intervals.first / Products::first_unit * Products::first_unit);
           const int64_t last = least(least(key + block, pair.len_k), intervals.last);
-          if (key == 0) ahead.until(ahead.count * ((group - begin) / lanes + p) / steps);
+          if (key == 0) ahead.until(ahead.count * (group + p) / cut.panels);
           if (first >= last) continue;
           with_vectors(panels[p].vectors(), [&]<int vectors>() {
-            run_block<vectors>(pair, panels[p], intervals, p, group - begin + p * lanes, first, last, started[p], states[p]);
+            run_block<vectors>(pair, panels[p], intervals, p, (group + p) * lanes, first, last, started[p], states[p]);
           });
           started[p] = true;
         }

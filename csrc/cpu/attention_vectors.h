@@ -40,6 +40,7 @@ class ForwardVectors {
   }
 
   static bool takes(const AttentionCall& call, const Pair& pair) { return !goes_to_tiles(call, pair); }
+  static bool takes_few(int64_t rows, const Pair& pair, const AttentionCall& call) { return is_few<A>(rows, pair, call); }
 
   void begin(void* scratch) { memory = static_cast<A*>(scratch); }
   void end() {}
