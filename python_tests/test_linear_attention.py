@@ -110,8 +110,8 @@ def test_efficient_attention(dtype: torch.dtype, isa: str) -> None:
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_any_sizes(data: st.DataObject) -> None:
-    """Every tail of every vector and chunk, in every dtype; of several sequences, because the errors of a number or two are a
-    matter of luck."""
+    """Every tail of every vector and chunk, in every dtype; of several sequences, because the errors of a number or two are
+    a matter of luck."""
     causal = data.draw(st.booleans())
     length, keys = data.draw(st.integers(1, 150)), data.draw(st.integers(1, 150))
     group, kv = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 5))

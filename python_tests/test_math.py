@@ -163,8 +163,8 @@ def test_gradients_of_activations(blocks: ModuleType, tier: str, name: str) -> N
 @over_tiers
 @over_activations
 def test_activations_of_special_values(blocks: ModuleType, tier: str, name: str) -> None:
-    """NaN, infinite or finite where torch's float64 is, and then the same. (Its float32 is no measure: with AVX-512 the gelu of
-    infinity is NaN, and the gradient of gelu_tanh is NaN for finite numbers whose square overflows.)"""
+    """NaN, infinite or finite where torch's float64 is, and then the same. (Its float32 is no measure: with AVX-512 the gelu
+    of infinity is NaN, and the gradient of gelu_tanh is NaN for finite numbers whose square overflows.)"""
     x = torch.tensor(SPECIAL * 3)  # more than one register of each tier
     value, slope = ours(blocks, tier, name, x), ours(blocks, tier, f"{name}_gradient", x)
     torch.testing.assert_close(value, ACTIVATIONS[name](x.double()).float(), rtol=1e-6, atol=1e-30, equal_nan=True)

@@ -4,7 +4,6 @@ samples of their card leave out: every activation, many tiles, exact ones, numbe
 from __future__ import annotations
 
 import sys
-from typing import Any
 
 import torch
 from support import assert_same_bits

@@ -132,7 +132,8 @@ class Forward {
   void look_ahead(const Pair& next, const Pair& pair) {
     ahead.count = ahead.next = 0;
     if (next.b == pair.b && next.h == pair.h) return;
-    if (next.rows + 2 * next.len_k > most_ahead) return;
+    // A few rows read their keys in the order of memory, which hardware foresees.
+    if (next.rows + 2 * next.len_k > most_ahead || Products::takes_few(next.rows, next, call)) return;
     for (int64_t g = 0; g < next.group; ++g) add_rows<T>(next, call.q, next.h * next.group + g, next.first_q, next.len_q, ahead);
     add_rows<T>(next, call.k, next.h, next.first_k, next.len_k, ahead);
     add_rows<T>(next, call.v, next.h, next.first_k, next.len_k, ahead);
@@ -191,12 +192,16 @@ class Forward {
                  int64_t first, int64_t last, bool started, State& state) {
     A* scores = memory + scores_at;
     const int64_t count = last - first;
+    const bool changes = pair.regions || intervals.cuts(first, last);
+    if constexpr (Products::has_few) {
+      if (!changes && !addends.any && call.softcap == 0 && !dropout.any && products.goes_few(pair, panel))
+        return run_few(pair, panel, p, first, last, started, state);
+    }
     products.template score<vectors>(pair, panel, p, first, last, scores);
     if (call.softcap > 0) apply_softcap<A, vectors>(call.softcap, count, scores);
     // Four sums are more exact than one, and wait less for each other.
     Register top[vectors], rescale[vectors], chains[4][vectors];
     for (int v = 0; v < vectors; ++v) top[v] = state.top[v];
-    const bool changes = pair.regions || intervals.cuts(first, last);
     if (addends.any) {
       const A* added = memory + addends_at;
       if (addends.by_key) {
@@ -240,6 +245,40 @@ class Forward {
     for (int v = 0; v < vectors; ++v) state.sum[v] = (chains[0][v] + chains[1][v]) + (chains[2][v] + chains[3][v]);
     if (dropout.any) dropout.apply(call, pair, panel, first, last, scores, scores);
     products.template weigh<vectors>(pair, panel, p, first, last, scores, started, rescale);
+  }
+
+  // The same of a few rows whose scores are products alone: keys are the lanes of their softmax.
+  void run_few(const Pair& pair, const Panel<A>& panel, int64_t p, int64_t first, int64_t last, bool started, State& state) {
+    A* scores = memory + scores_at;
+    const int64_t row_step = rounded_up(last - first, V::width);
+    products.score_rows_of(pair, panel, p, first, last, scores, row_step);
+    A tops[lanes], sums[lanes], rescales[lanes] = {};
+    V::store(tops, state.top[0]);
+    V::store(sums, state.sum[0]);
+    for (int64_t r = 0; r < panel.count; ++r) {
+      A* row = scores + r * row_step;
+      Register top = V::set(tops[r]);
+      for (int64_t j = 0; j < row_step; j += V::width) top = V::max(top, V::load(row + j));
+      A lane_tops[V::width];
+      V::store(lane_tops, top);
+      for (int n = 1; n < V::width; ++n) lane_tops[0] = lane_tops[n] > lane_tops[0] ? lane_tops[n] : lane_tops[0];
+      // A row that has seen nothing yet has no largest score: from 0 its scores of -infinity give 0.
+      const A before = tops[r], from = lane_tops[0] >= lowest<A>() ? lane_tops[0] : A(0);
+      A rescaled[V::width];
+      V::store(rescaled, exp_of_negative<A>(V::set(before - from)));
+      Register chains[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
+      for (int64_t j = 0; j < row_step; j += V::width) {
+        const Register weight = exp_of_negative<A>(V::load(row + j) - V::set(from));
+        chains[j / V::width % 4] = chains[j / V::width % 4] + weight;
+        V::store(row + j, weight);
+      }
+      tops[r] = lane_tops[0];
+      rescales[r] = rescaled[0];
+      sums[r] = (started ? sums[r] * rescales[r] : A(0)) + V::sum((chains[0] + chains[1]) + (chains[2] + chains[3]));
+    }
+    state.top[0] = V::load(tops);
+    state.sum[0] = V::load(sums);
+    products.weigh_rows(pair, panel, p, first, last, scores, 1, row_step, started, V::load(rescales));
   }
 
   void finish(const Pair& pair, const Panel<A>& panel, int64_t p, bool started, const State& state) {

@@ -86,39 +86,86 @@ inline void score_rows(const T* keys, int64_t key_stride, int64_t count, const A
   }
 }
 
-template <class A, class T>
-inline void score_few(const T* keys, int64_t key_stride, int64_t count, const A* rows, int64_t row_count, int64_t depth, A* to) {
+// Calls f with the number of a few rows as a constant.
+template <class F>
+inline void with_rows(int64_t row_count, const F& f) {
   switch (row_count) {
     case 1:
-      return score_rows<1>(keys, key_stride, count, rows, depth, to);
+      return f.template operator()<1>();
     case 2:
-      return score_rows<2>(keys, key_stride, count, rows, depth, to);
+      return f.template operator()<2>();
     case 3:
-      return score_rows<3>(keys, key_stride, count, rows, depth, to);
+      return f.template operator()<3>();
     default:
-      return score_rows<4>(keys, key_stride, count, rows, depth, to);
+      return f.template operator()<4>();
   }
 }
 
-// to [row][channels] (+)= sum over keys of weights[key * lanes + row] values[key]
 template <class A, class T>
-inline void weigh_few(const T* values, int64_t value_stride, int64_t count, const A* weights, int64_t row_count, int64_t channels,
-                      bool accumulate, A* to) {
+inline void score_few(const T* keys, int64_t key_stride, int64_t count, const A* rows, int64_t row_count, int64_t depth, A* to) {
+  with_rows(row_count, [&]<int constant>() { score_rows<constant>(keys, key_stride, count, rows, depth, to); });
+}
+
+// to[row * to_row + key] = key . row, a vector of keys at once; those from `count` to a whole vector are -infinity.
+template <int row_count, class A, class T>
+inline void score_keys(const T* keys, int64_t key_stride, int64_t count, const A* rows, int64_t depth, A* to, int64_t to_row) {
+  using V = Vec<A>;
+  using Register = typename V::Register;
+  constexpr int width = V::width;
+  for (int64_t j = 0; j < count; j += width) {
+    const int64_t some = least(width, count - j);
+    Register sums[row_count][width];
+    for (int64_t n = 0; n < width; ++n) {
+      const T* key = keys + (j + least(n, some - 1)) * key_stride;
+      Register of_key[row_count];
+      for (Register& sum : of_key) sum = V::zero();
+      for (int64_t k = 0; k < depth; k += width) {
+        const Register x = V::load(key + k);
+#pragma GCC unroll 4
+        for (int r = 0; r < row_count; ++r) of_key[r] = V::fma(x, V::load(rows + r * depth + k), of_key[r]);
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < row_count; ++r) sums[r][n] = of_key[r];
+    }
+    for (int r = 0; r < row_count; ++r) {
+      V::transpose(sums[r]);
+      for (int step = 1; step < width; step *= 2)
+        for (int n = 0; n < width; n += 2 * step) sums[r][n] = sums[r][n] + sums[r][n + step];
+      V::store(to + r * to_row + j, sums[r][0]);
+      for (int64_t n = some; n < width; ++n) to[r * to_row + j + n] = static_cast<A>(-__builtin_inf());
+    }
+  }
+}
+
+// to [row][channels] (+)= sum over keys of weights[key * key_step + row * row_step] values[key]
+template <class A, class T>
+inline void weigh_few(const T* values, int64_t value_stride, int64_t count, const A* weights, int64_t key_step, int64_t row_step,
+                      int64_t row_count, int64_t channels, bool accumulate, A* to) {
   using V = Vec<A>;
   constexpr int width = V::width;
   constexpr int64_t block = 8;  // vectors of channels in registers
   for (int64_t r = 0; r < row_count; ++r)
     for (int64_t first = 0; first < channels; first += block * width) {
       const auto part = [&]<int vectors>() {
-        typename V::Register sums[vectors];
+        // Few channels in chains of keys: one chain would wait for itself.
+        constexpr int chains = vectors <= 2 ? 4 : vectors <= 4 ? 2 : 1;
+        typename V::Register sums[chains][vectors];
         A* out = to + r * channels + first;
-        for (int v = 0; v < vectors; ++v) sums[v] = accumulate ? V::load(out + v * width) : V::zero();
-        for (int64_t j = 0; j < count; ++j) {
-          const typename V::Register weight = V::set(weights[j * lanes_of<A> + r]);
+        for (int chain = 0; chain < chains; ++chain)
+          for (int v = 0; v < vectors; ++v) sums[chain][v] = accumulate && chain == 0 ? V::load(out + v * width) : V::zero();
+        const auto add = [&](int64_t j, int chain) {
+          const typename V::Register weight = V::set(weights[j * key_step + r * row_step]);
           const T* value = values + j * value_stride + first;
-          for (int v = 0; v < vectors; ++v) sums[v] = V::fma(weight, V::load(value + v * width), sums[v]);
-        }
-        for (int v = 0; v < vectors; ++v) V::store(out + v * width, sums[v]);
+          for (int v = 0; v < vectors; ++v) sums[chain][v] = V::fma(weight, V::load(value + v * width), sums[chain][v]);
+        };
+        int64_t j = 0;
+        for (; j + chains <= count; j += chains)
+          for (int chain = 0; chain < chains; ++chain) add(j + chain, chain);
+        for (; j < count; ++j) add(j, 0);
+        for (int step = 1; step < chains; step *= 2)
+          for (int chain = 0; chain < chains; chain += 2 * step)
+            for (int v = 0; v < vectors; ++v) sums[chain][v] = sums[chain][v] + sums[chain + step][v];
+        for (int v = 0; v < vectors; ++v) V::store(out + v * width, sums[0][v]);
       };
       switch (least(block, (channels - first) / width)) {
         case 1:

@@ -107,6 +107,7 @@ class ForwardTiles {
     gates_at = layout.take(c.gate ? c.len_k : 0);
   }
 
+  static constexpr bool has_few = false;
   static bool takes_few(int64_t, const Pair&, const AttentionCall&) { return false; }
   static bool takes(const AttentionCall& call, const Pair& pair) { return goes_to_tiles(call, pair); }
 

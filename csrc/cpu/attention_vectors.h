@@ -40,6 +40,7 @@ class ForwardVectors {
   }
 
   static bool takes(const AttentionCall& call, const Pair& pair) { return !goes_to_tiles(call, pair); }
+  static constexpr bool has_few = true;
   static bool takes_few(int64_t rows, const Pair& pair, const AttentionCall& call) { return is_few<A>(rows, pair, call); }
 
   void begin(void* scratch) { memory = static_cast<A*>(scratch); }
@@ -91,10 +92,27 @@ class ForwardVectors {
       if (started) rescale_sums<A>(call.value_dim, rescale, outs);
       return weigh_panel<A, vectors>(values, first, last, call.value_dim, weights, started, outs, &ahead);
     }
+    weigh_rows(pair, panel, p, first, last, weights, lanes, 1, started, rescale[0]);
+  }
+
+  // The two products of a few rows alone: scores [row][keys], rows `row_step` apart, and weights that lie so.
+  void score_rows_of(const Pair& pair, const Panel<A>& panel, int64_t p, int64_t first, int64_t last, A* scores, int64_t row_step) {
+    const A* queries = memory + panels_at + p * call.dim * lanes;
+    with_rows(panel.count, [&]<int rows>() {
+      if (direct) {
+        score_keys<rows>(pair.key<T>(call.k, first), call.k.row, last - first, queries, call.dim, scores, row_step);
+      } else {
+        score_keys<rows>(keys.data + first * keys.row, keys.row, last - first, queries, call.dim, scores, row_step);
+      }
+    });
+  }
+  void weigh_rows(const Pair& pair, const Panel<A>& panel, int64_t p, int64_t first, int64_t last, const A* weights, int64_t key_step,
+                  int64_t row_step, bool started, Register rescale) {
+    A* outs = memory + outs_at + p * call.value_dim * lanes;
     const int64_t count = last - first;
     if (started) {
       A factors[lanes];
-      V::store(factors, rescale[0]);
+      V::store(factors, rescale);
       for (int64_t r = 0; r < panel.count; ++r)
         for (int64_t k = 0; k < call.value_dim; k += V::width) {
           A* at = outs + r * call.value_dim + k;
@@ -102,11 +120,14 @@ class ForwardVectors {
         }
     }
     if (direct) {
-      weigh_few<A>(pair.key<T>(call.v, first), call.v.row, count, weights, panel.count, call.value_dim, started, outs);
+      weigh_few<A>(pair.key<T>(call.v, first), call.v.row, count, weights, key_step, row_step, panel.count, call.value_dim, started, outs);
     } else {
-      weigh_few<A>(values.data + first * values.row, values.row, count, weights, panel.count, call.value_dim, started, outs);
+      weigh_few<A>(values.data + first * values.row, values.row, count, weights, key_step, row_step, panel.count, call.value_dim, started, outs);
     }
   }
+
+  // A panel of a few rows, or with few left over.
+  bool goes_few(const Pair& pair, const Panel<A>& panel) const { return is_few<A>(panel.count, pair, call); }
 
   // Panel p's sums times `factors`, to row(lane).
   template <class F>
@@ -122,9 +143,6 @@ class ForwardVectors {
   }
 
  private:
-  // A panel of a few rows, or with few left over.
-  bool goes_few(const Pair& pair, const Panel<A>& panel) const { return is_few<A>(panel.count, pair, call); }
-
   const AttentionCall& call;
   Ahead& ahead;
   int64_t panels_at, outs_at, keys_at, values_at;
@@ -226,7 +244,7 @@ class BackwardVectors {
   void weigh(const Pair& pair, const Panel<A>& panel, int64_t row, int64_t first, int64_t last, const A* grad) {
     A* sums = memory + grad_panels_at + row * call.dim;
     if (few(pair, panel)) {
-      return weigh_few<A>(keys.data + first * keys.row, keys.row, last - first, grad, panel.count, call.dim, true, sums);
+      return weigh_few<A>(keys.data + first * keys.row, keys.row, last - first, grad, lanes, 1, panel.count, call.dim, true, sums);
     }
     weigh_panel<A, vectors>(keys, first, last, call.dim, grad, true, sums, &ahead);
   }
