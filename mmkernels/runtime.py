@@ -52,7 +52,8 @@ def _load_cpu_library() -> ctypes.CDLL:
     library.mmk_peak_multiply_add_flops.restype = ctypes.c_double
     library.mmk_peak_copy.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
     library.mmk_peak_copy.restype = None
-    library.mmk_attention_tiles_pay.argtypes = (ctypes.c_int64,) * 4
+    library.mmk_attention_beyond_vectors.argtypes = (ctypes.c_int64,) * 4
+    library.mmk_attention_beyond_vectors.restype = ctypes.c_char_p
     return library
 
 

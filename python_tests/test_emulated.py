@@ -50,7 +50,7 @@ def test_higher_tiers_through_emulation(tmp_path: Path) -> None:
             "test_linear.py",
             "test_norm.py",
             "test_attention.py",
-            "test_attention_amx.py",
+            "test_attention_bfloat16.py",
             "test_window_attention.py",
             "test_qk_norm_rope.py",
             "test_silu_attention.py",

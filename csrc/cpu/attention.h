@@ -127,13 +127,13 @@ struct AttentionKernels {
 };
 
 // Of tiny sequences, at most.
-inline constexpr int64_t tiny_rows = 16, tiny_keys = 32;
+inline constexpr int64_t tiny_rows = 16, tiny_keys = 32, tiny_channels = 64;  // channels of a query and a value
 
 // Whether the kernel for tiny sequences takes a call: it has the vectors full of batch entries, and what is added to their
 // scores is the same for all. Fewer queries go another way, whose sums have another order. Many channels leave the first-level
 // cache, `backward` later, where the other kernels have more to lay out.
 inline bool is_tiny(const AttentionCall& call, bool backward) {
-  const int64_t most_channels = backward ? 64 : 40;  // of a query and a value
+  const int64_t most_channels = backward ? tiny_channels : 40;
   return call.dim + call.value_dim <= most_channels && call.cu_q == nullptr && call.windows.tokens == nullptr &&
          call.heads == call.kv_heads && call.len_q > 4 && call.len_q <= tiny_rows && call.len_k > 0 &&
          call.len_k <= tiny_keys && call.batch >= 8 && call.gate == nullptr &&
@@ -141,9 +141,10 @@ inline bool is_tiny(const AttentionCall& call, bool backward) {
          call.segments_q.data == nullptr && call.head_scale == nullptr && call.bias.batch == 0 && call.mask.batch == 0;
 }
 
-// Whether matrix tiles, where there are any, make the products of a pair in fewer cycles than vectors: `rows` queries of all heads
-// that share the pair's `keys` (attention_choice.cpp).
+// Whether matrix tiles, or products of pairs of bfloat16, make the products of a pair in fewer cycles than vectors, where the
+// processor has them: `rows` queries of all heads that share the pair's `keys` (attention_choice.cpp).
 bool tiles_pay(int64_t rows, int64_t keys, int64_t dim, int64_t value_dim);
+bool pairs_pay(int64_t rows, int64_t keys, int64_t dim, int64_t value_dim);
 
 struct AttentionTier {
   AttentionKernels kernels[float_numbers];  // by the type of q; null functions in tiers without
@@ -151,7 +152,9 @@ struct AttentionTier {
 
 MMK_TIERS(AttentionTier, attention_kernels)
 #if MMK_X86_TIERS
-MMK_DECLARE_TIER(amx, AttentionTier, attention_kernels)  // bfloat16 alone, without the kernels for tiny sequences
+// bfloat16 alone, without the kernels for tiny sequences.
+MMK_DECLARE_TIER(amx, AttentionTier, attention_kernels)
+MMK_DECLARE_TIER(avx512_bf16, AttentionTier, attention_kernels)
 #endif
 
 // The kernels of the tier in force for a call, by the type of q, and the name under which the trace knows them.

@@ -3,6 +3,8 @@
 #include "attention_vectors.h"
 #if MMK_TIER_ID(MMK_TIER) == MMK_TIER_IS_amx
 #include "attention_tiles.h"
+#elif MMK_TIER_ID(MMK_TIER) == MMK_TIER_IS_avx512_bf16
+#include "attention_pairs.h"
 #endif
 
 namespace mmk::MMK_TIER {
@@ -320,14 +322,20 @@ class Forward {
   int64_t staged_b = -1, staged_h = -1, cached_h = -1, cached_block = -1;
 };
 
+#if MMK_TIER_ID(MMK_TIER) > MMK_TIER_IS_avx512
 #if MMK_TIER_ID(MMK_TIER) == MMK_TIER_IS_amx
+using ForwardBeyond = ForwardTiles;
+#else
+using ForwardBeyond = ForwardPairs;
+#endif
+
 int64_t forward_bytes(const AttentionCall& call) {
-  return most(Forward<bfloat16, ForwardTiles>(call).bytes(), Forward<bfloat16, ForwardVectors<bfloat16>>(call).bytes());
+  return most(Forward<bfloat16, ForwardBeyond>(call).bytes(), Forward<bfloat16, ForwardVectors<bfloat16>>(call).bytes());
 }
 
-// Packed sequences choose one by one: those that tiles do not take, vectors do.
+// Packed sequences choose one by one: those that the others do not take, vectors do.
 void forward(const AttentionCall& call, int64_t begin, int64_t end, void* scratch) {
-  Forward<bfloat16, ForwardTiles>(call).run(begin, end, scratch);
+  Forward<bfloat16, ForwardBeyond>(call).run(begin, end, scratch);
   Forward<bfloat16, ForwardVectors<bfloat16>>(call).run(begin, end, scratch);
 }
 #else
@@ -344,7 +352,7 @@ void forward(const AttentionCall& call, int64_t begin, int64_t end, void* scratc
 
 }  // namespace
 
-#if MMK_TIER_ID(MMK_TIER) == MMK_TIER_IS_amx
+#if MMK_TIER_ID(MMK_TIER) > MMK_TIER_IS_avx512
 const AttentionTier attention_kernels = {{
     {},
     {forward_bytes, attention_backward_bfloat16_bytes, forward, attention_backward_bfloat16, nullptr, nullptr, nullptr},

@@ -7,6 +7,8 @@
 #include "attention_vectors.h"
 #if MMK_TIER_ID(MMK_TIER) == MMK_TIER_IS_amx
 #include "attention_tiles.h"
+#elif MMK_TIER_ID(MMK_TIER) == MMK_TIER_IS_avx512_bf16
+#include "attention_pairs.h"
 #endif
 
 namespace mmk::MMK_TIER {
@@ -435,14 +437,24 @@ class Backward {
 
 }  // namespace
 
+#if MMK_TIER_ID(MMK_TIER) > MMK_TIER_IS_avx512
+namespace {
+
 #if MMK_TIER_ID(MMK_TIER) == MMK_TIER_IS_amx
+using BackwardBeyond = BackwardTiles;
+#else
+using BackwardBeyond = BackwardPairs;
+#endif
+
+}  // namespace
+
 int64_t attention_backward_bfloat16_bytes(const AttentionBackward& call) {
-  return most(Backward<bfloat16, BackwardTiles>(call).bytes(), Backward<bfloat16, BackwardVectors<bfloat16>>(call).bytes());
+  return most(Backward<bfloat16, BackwardBeyond>(call).bytes(), Backward<bfloat16, BackwardVectors<bfloat16>>(call).bytes());
 }
 
-// Packed sequences choose one by one: those that tiles do not take, vectors do.
+// Packed sequences choose one by one: those that the others do not take, vectors do.
 void attention_backward_bfloat16(const AttentionBackward& call, int64_t begin, int64_t end, void* scratch) {
-  Backward<bfloat16, BackwardTiles>(call).run(begin, end, scratch);
+  Backward<bfloat16, BackwardBeyond>(call).run(begin, end, scratch);
   Backward<bfloat16, BackwardVectors<bfloat16>>(call).run(begin, end, scratch);
 }
 #else

@@ -12,7 +12,7 @@
 // Every operand is padded with zeros to whole panels of 32 and steps of 32, weights too, so a sum depends on Lq, Lk and the
 // channels alone. Only in files that are compiled with AMX on.
 #pragma once
-#include "attention_scores.h"
+#include "attention_factors.h"
 #include "core/tiles.h"
 
 namespace mmk::amx {
@@ -68,26 +68,6 @@ inline void multiply_weights(const Panels& channels, int64_t count_of_channels, 
                    count_of_channels - channel, vectors * 16, accumulate);
 }
 
-// Keys [0, end) are all that any row of a pair sees by causality, windows and limits.
-inline int64_t keys_in_sight(const AttentionCall& call, const Pair& pair) {
-  int64_t end = 0;
-  for (int64_t row = 0; row < pair.rows && end < pair.len_k; row += lanes_of<float>)
-    end = most(end, Intervals<float>(call, pair, Panel<float>(pair, row, pair.rows)).last);
-  return end;
-}
-
-// One factor a key: over its norm, where keys are normalised. `signed_factors` as inverse_norm has them.
-inline void stage_key_factors(const AttentionCall& call, const Pair& pair, float* factors, float* signed_factors) {
-  for (int64_t j = 0; j < pair.len_k; ++j) {
-    signed_factors[j] = inverse_norm<float>(pair.key<bfloat16>(call.k, j), call.dim, call.normalise);
-    factors[j] = size_of(signed_factors[j]);
-  }
-}
-
-inline void stage_gates(const AttentionCall& call, const Pair& pair, float* gates) {
-  for (int64_t j = 0; j < pair.len_k; ++j) gates[j] = gate_of<float>(call, pair, j);
-}
-
 class ForwardTiles {
   using V = Vec<float>;
   static constexpr int lanes = lanes_of<float>;
@@ -109,7 +89,7 @@ class ForwardTiles {
 
   static constexpr bool has_few = false;
   static bool takes_few(int64_t, const Pair&, const AttentionCall&) { return false; }
-  static bool takes(const AttentionCall& call, const Pair& pair) { return goes_to_tiles(call, pair); }
+  static bool takes(const AttentionCall& call, const Pair& pair) { return goes_beyond(call, pair); }
 
   void begin(void* scratch) {
     memory = static_cast<float*>(scratch);
@@ -202,7 +182,7 @@ class BackwardTiles {
     gates_at = layout.take(c.gate ? c.len_k : 0);
   }
 
-  static bool takes(const AttentionCall& call, const Pair& pair) { return goes_to_tiles(call, pair); }
+  static bool takes(const AttentionCall& call, const Pair& pair) { return goes_beyond(call, pair); }
 
   void begin(void* scratch) {
     memory = static_cast<float*>(scratch);
@@ -285,13 +265,7 @@ class BackwardTiles {
   const float* sums(int64_t row) const { return memory + sums_at + row * dim; }
 
   const float* unit_key(const Pair& pair, int64_t key) const {
-    const bfloat16* from = pair.key<bfloat16>(call.k, key);
-    float* unit = memory + unit_at;
-    const V::Register factor = V::set(norms()[key]);
-    for_each_vector<float>(call.dim, [&](int64_t k, int64_t width) {
-      store_lanes<float>(unit + k, load_lanes<float>(from + k, width) * factor, width);
-    });
-    return unit;
+    return unit_row(pair.key<bfloat16>(call.k, key), call.dim, norms()[key], memory + unit_at);
   }
   float key_factor(int64_t key) const { return memory[signed_norms_at + key]; }
 

@@ -1,21 +1,21 @@
 // How vectors make the products of a pair's panels, forward and backward: in accumulators, with keys and values where they lie or
-// widened, and with products of their own for a few rows. Tiles make the same ones in attention_tiles.h. Included by *.tier.cpp
-// only, in the tier's own unnamed namespace as vec.h is.
+// widened, and with products of their own for a few rows. attention_tiles.h and attention_pairs.h make the same ones of bfloat16 as
+// it came. Included by *.tier.cpp only, in the tier's own unnamed namespace as vec.h is.
 #pragma once
 #include "attention_products.h"
 
 namespace mmk::MMK_TIER {
 namespace {
 
-// Whether a call's pairs may go to tiles instead (attention_tiles.h).
+// Whether a pair goes to what this tier has beyond vectors (attention_tiles.h, attention_pairs.h).
+inline bool goes_beyond([[maybe_unused]] const AttentionCall& call, [[maybe_unused]] const Pair& pair) {
 #if MMK_TIER_ID(MMK_TIER) == MMK_TIER_IS_amx
-inline constexpr bool has_tiles = true;
+  return tiles_pay(pair.rows, pair.len_k, call.dim, call.value_dim);
+#elif MMK_TIER_ID(MMK_TIER) == MMK_TIER_IS_avx512_bf16
+  return pairs_pay(pair.rows, pair.len_k, call.dim, call.value_dim);
 #else
-inline constexpr bool has_tiles = false;
+  return false;
 #endif
-
-inline bool goes_to_tiles(const AttentionCall& call, const Pair& pair) {
-  return has_tiles && tiles_pay(pair.rows, pair.len_k, call.dim, call.value_dim);
 }
 
 // `memory` is the thread's, where the parts begin that were taken of the layout.
@@ -39,7 +39,7 @@ class ForwardVectors {
     values_at = layout.take(c.len_k * c.value_dim);
   }
 
-  static bool takes(const AttentionCall& call, const Pair& pair) { return !goes_to_tiles(call, pair); }
+  static bool takes(const AttentionCall& call, const Pair& pair) { return !goes_beyond(call, pair); }
   static constexpr bool has_few = true;
   static bool takes_few(int64_t rows, const Pair& pair, const AttentionCall& call) { return is_few<A>(rows, pair, call); }
 
@@ -183,7 +183,7 @@ class BackwardVectors {
     grad_panels_at = layout.take(panels * lanes * c.dim);
   }
 
-  static bool takes(const AttentionCall& call, const Pair& pair) { return !goes_to_tiles(call, pair); }
+  static bool takes(const AttentionCall& call, const Pair& pair) { return !goes_beyond(call, pair); }
 
   void begin(void* scratch) { memory = static_cast<A*>(scratch); }
   void end() {}

@@ -257,12 +257,13 @@ def _triton_reason(arguments: backends.Arguments) -> str | None:
     return None if channels <= 256 else f"q or v has {channels} channels; the Triton kernels take 256"
 
 
-def tiles_tier(x: Tensor, pairs: Iterable[tuple[int, int]], dim: int, value_dim: int) -> str | None:
-    """ "amx" where matrix tiles take one of the `pairs` of rows and keys: the rule is the compiled library's own."""
-    if runtime.isa() != "amx" or (autocast_dtype(x) or x.dtype) != torch.bfloat16:
+def tier_beyond_vectors(x: Tensor, pairs: Iterable[tuple[int, int]], dim: int, value_dim: int) -> str | None:
+    """ "amx" or "avx512_bf16" where it takes one of the `pairs` of rows and keys: the rule is the compiled library's own."""
+    if (autocast_dtype(x) or x.dtype) != torch.bfloat16:
         return None
-    taken = any(runtime.library.mmk_attention_tiles_pay(rows, keys, dim, value_dim) for rows, keys in pairs)
-    return "amx" if taken else None
+    takers = (runtime.library.mmk_attention_beyond_vectors(rows, keys, dim, value_dim) for rows, keys in pairs)
+    taker: bytes | None = next(filter(None, takers), None)
+    return None if taker is None else taker.decode().removeprefix("cpu/")
 
 
 def _tier(arguments: backends.Arguments) -> str | None:
@@ -270,7 +271,7 @@ def _tier(arguments: backends.Arguments) -> str | None:
     group = q.size(1) // k.size(1)
     lengths = [(q.size(2), k.size(2))] if cu_q is None else zip(cu_q.diff().tolist(), cu_k.diff().tolist(), strict=True)
     pairs = ((group * len_q, len_k) for len_q, len_k in lengths)
-    return tiles_tier(q, pairs, q.size(-1), arguments["v"].size(-1))
+    return tier_beyond_vectors(q, pairs, q.size(-1), arguments["v"].size(-1))
 
 
 BACKENDS = (

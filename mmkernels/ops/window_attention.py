@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from mmkernels.ops import backends
-from mmkernels.ops.attention import tiles_tier
+from mmkernels.ops.attention import tier_beyond_vectors
 from mmkernels.ops.checks import check_float, check_gradient, check_int, check_matrix, check_parameter, check_rows
 from mmkernels.ops.route import (
     autocast_dtype,
@@ -165,7 +165,7 @@ _window_attention_backward_op = define(
 
 def _tier(arguments: backends.Arguments) -> str | None:
     tokens, dim = math.prod(arguments["window"]), arguments["qkv"].size(-1) // (3 * arguments["num_heads"])
-    return tiles_tier(arguments["qkv"], [(tokens, tokens)], dim, dim)
+    return tier_beyond_vectors(arguments["qkv"], [(tokens, tokens)], dim, dim)
 
 
 def _triton_reason(arguments: backends.Arguments) -> str | None:

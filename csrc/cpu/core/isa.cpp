@@ -55,6 +55,15 @@ bool has_vnni() {
 #endif
 }
 
+bool has_bf16() {
+#if MMK_X86_TIERS && !MMK_EMULATE_AVX512
+  static const bool answer = __builtin_cpu_supports("avx512bf16");
+  return answer;
+#else
+  return false;
+#endif
+}
+
 }  // namespace mmk
 
 MMK_EXPORT int mmk_isa_best() { return static_cast<int>(mmk::best_isa()); }

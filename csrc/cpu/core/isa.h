@@ -15,6 +15,9 @@ Isa best_isa();
 // Whether AVX-512 comes with its integer multiply-adds (VNNI), which processors with AMX always have.
 bool has_vnni();
 
+// Whether AVX-512 comes with its products of pairs of bfloat16 (AVX512_BF16). Not where it is emulated.
+bool has_bf16();
+
 extern std::atomic<int> isa_in_force;
 
 inline Isa active_isa() {

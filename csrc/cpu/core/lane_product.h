@@ -38,8 +38,9 @@ struct LaneProduct {
   Ahead* ahead = nullptr;  // asked for on the way
 };
 
+// Rows from `first` on.
 template <int rows, int vectors, bool unit_step, class A>
-inline void multiply_block(const LaneProduct<A>& p, const A* a, A* c) {
+inline void multiply_block(const LaneProduct<A>& p, int64_t first) {
   using V = Vec<A>;
   using Register = typename V::Register;
   Register sums[rows][vectors];
@@ -47,7 +48,7 @@ inline void multiply_block(const LaneProduct<A>& p, const A* a, A* c) {
   for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 2
     for (int v = 0; v < vectors; ++v) sums[i][v] = V::zero();
-  const A* b = p.b;
+  const A *a = p.a + first * p.a_row, *b = p.b;
   const int64_t row = p.a_row, step = unit_step ? 1 : p.a_step;
   for (int64_t segment = 0; segment < p.segments; ++segment) {
     const A* at = a + segment * p.a_segment;
@@ -71,28 +72,28 @@ inline void multiply_block(const LaneProduct<A>& p, const A* a, A* c) {
   for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 2
     for (int v = 0; v < vectors; ++v) {
-      A* to = c + i * p.c_row + v * V::width;
+      A* to = p.c + (first + i) * p.c_row + v * V::width;
       V::store(to, p.accumulate ? V::load(to) + sums[i][v] : sums[i][v]);
     }
 }
 
-// Rows in blocks of nearly the same size: a short last block would wait for its own sums.
-template <int vectors, bool unit_step, int rows, class A>
-inline void multiply_rows(const LaneProduct<A>& p, const A* a, A* c, int64_t count) {
+// Rows in blocks of nearly the same size: a short last block would wait for its own sums. Product has a multiply_block.
+template <int vectors, bool unit_step, int rows, class Product>
+inline void multiply_rows(const Product& p, int64_t first, int64_t count) {
   if constexpr (rows > 1) {
-    if (count < rows) return multiply_rows<vectors, unit_step, rows - 1>(p, a, c, count);
+    if (count < rows) return multiply_rows<vectors, unit_step, rows - 1>(p, first, count);
   }
-  multiply_block<rows, vectors, unit_step>(p, a, c);
+  multiply_block<rows, vectors, unit_step>(p, first);
 }
 
-template <int vectors, bool unit_step, class A>
-inline void multiply_lanes(const LaneProduct<A>& p, int64_t rows) {
+template <int vectors, bool unit_step, class Product>
+inline void multiply_lanes(const Product& p, int64_t rows) {
   constexpr int most = vectors == 2 ? pair_rows : single_rows;
   const int64_t blocks = ceil_div(rows, most);
   int64_t row = 0;
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t count = (rows - row) / (blocks - block);
-    multiply_rows<vectors, unit_step, most>(p, p.a + row * p.a_row, p.c + row * p.c_row, count);
+    multiply_rows<vectors, unit_step, most>(p, row, count);
     row += count;
   }
 }

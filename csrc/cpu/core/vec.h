@@ -96,6 +96,7 @@ struct Vec;
 #define MMK_TIER_IS_avx512 3
 #define MMK_TIER_IS_vnni 4
 #define MMK_TIER_IS_amx 5
+#define MMK_TIER_IS_avx512_bf16 6
 #define MMK_TIER_ID_(tier) MMK_TIER_IS_##tier
 #define MMK_TIER_ID(tier) MMK_TIER_ID_(tier)
 

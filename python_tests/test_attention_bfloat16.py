@@ -1,10 +1,12 @@
-"""Attention in bfloat16 at sizes that matrix tiles take: their padding, every option beside them, which kernel ran. Without
-tiles the same calls run on the best of vectors."""
+"""Attention in bfloat16 at sizes that matrix tiles (AMX) or products of pairs (AVX512_BF16) take: their padding, every
+option beside them, which kernel ran. Without either the same calls run on the best of vectors."""
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +21,14 @@ from mmkernels.reference import attention as reference
 from mmkernels.reference import window_attention as window_reference
 
 BFLOAT16 = torch.bfloat16
+
+
+def taker() -> str:
+    """The kernel of calls that do not stay with vectors. As the processor says, not the library."""
+    if runtime.isa() != "avx512" or os.environ.get("MMK_TEST_EMULATE_AVX512") == "1":
+        return f"cpu/{runtime.isa()}"
+    flags = Path("/proc/cpuinfo").read_text().split()
+    return "cpu/avx512_bf16" if "avx512_bf16" in flags else "cpu/avx512"
 
 
 @pytest.fixture(params=[runtime.best_isa()])
@@ -57,7 +67,8 @@ def operands(batch: int, heads: int, kv: int, len_q: int, len_k: int, dim: int, 
     )
 
 
-# Every edge of a tile: 16 and 32 rows, keys and channels, one more, one less; blocks of keys beyond the first.
+# Every edge of a tile: 16 and 32 rows, keys and channels, one more, one less; blocks of keys beyond the first; odd numbers,
+# the last of which has no pair.
 SIZES = (
     (2, 4, 2, 37, 50, 64, 64),
     (1, 2, 2, 17, 33, 33, 72),
@@ -74,7 +85,7 @@ SIZES = (
 @pytest.mark.parametrize("causal", [False, True])
 def test_sizes(sizes: tuple[int, ...], causal: bool, isa: str) -> None:
     call = Call(operands(*sizes), {"is_causal": causal, "causal_alignment": "bottom_right", "return_lse": True})
-    check(mk.attention, reference.attention, call, "attention", f"cpu/{isa}")
+    check(mk.attention, reference.attention, call, "attention", taker())
 
 
 OPTIONS: dict[str, Any] = {
@@ -101,7 +112,7 @@ def test_options(option: str, isa: str) -> None:
     else:
         more = {key: value for name in OPTIONS if "of the" not in name for key, value in OPTIONS[name]().items()}
     call = Call(operands(2, 4, 2, 37, 90, 40, 24), {**more, "return_lse": True})
-    check(mk.attention, reference.attention, call, "attention", f"cpu/{isa}")
+    check(mk.attention, reference.attention, call, "attention", taker())
 
 
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "cosine"])
@@ -115,7 +126,7 @@ def test_windows(sizes: tuple[tuple[int, ...], ...], norm: bool, isa: str) -> No
     if norm:
         more |= {"qk_norm": "l2", "scale": drawn(heads, seed=4).abs() * 4}
     call = Call((drawn(2, *grid, 3 * channels), drawn(rows, heads, seed=2)), more)
-    check(mk.window_attention, window_reference.window_attention, call, "window_attention", f"cpu/{isa}", luck=2)
+    check(mk.window_attention, window_reference.window_attention, call, "window_attention", taker(), luck=2)
 
 
 def test_packed_sequences_choose_one_by_one(isa: str) -> None:
@@ -124,7 +135,7 @@ def test_packed_sequences_choose_one_by_one(isa: str) -> None:
     q, k, v = drawn(sum(lengths_q), 2, 48), drawn(sum(lengths_k), 2, 48, seed=1), drawn(sum(lengths_k), 2, 20, seed=2)
     cu_q, cu_k = (torch.tensor((0, *lengths)).cumsum(0) for lengths in (lengths_q, lengths_k))
     together = Call((q, k, v), {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "return_lse": True})
-    check(mk.attention, reference.attention, together, "attention", f"cpu/{isa}")
+    check(mk.attention, reference.attention, together, "attention", taker())
     upstream = cotangents(together.of(mk.attention))
     results = (*together.of(mk.attention), *gradients(mk.attention, together, upstream))
     ran = set()
@@ -139,7 +150,7 @@ def test_packed_sequences_choose_one_by_one(isa: str) -> None:
         grads = gradients(mk.attention, alone, [u[of_q].transpose(0, 1)[None] for u in upstream])
         for i, (one, part, of) in enumerate(zip((*parts, *grads), results, (of_q, of_q, of_q, of_k, of_k), strict=True)):
             assert_same_bits(one[0].transpose(0, 1), part[of], f"result {i} of sequence {b}")
-    assert ran == ({"cpu/amx", "cpu/avx512"} if isa == "amx" else {f"cpu/{isa}"})
+    assert ran == {taker(), "cpu/avx512" if isa == "amx" else f"cpu/{isa}"}
 
 
 def test_values_beyond_every_limit_are_not_read(isa: str) -> None:
@@ -152,24 +163,71 @@ def test_values_beyond_every_limit_are_not_read(isa: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "pays"),
+    ("sizes", "tiles", "pairs"),
     [
-        ((8, 12, 12, 197, 197, 64, 64), True),  # ViT-B
-        ((1, 3, 3, 49, 49, 32, 32), True),  # Swin
-        ((1, 32, 8, 1, 4096, 128, 128), False),  # decoding: keys are read once
-        ((1, 32, 4, 1, 4096, 128, 128), True),  # eight heads share them
-        ((9, 4, 4, 16, 16, 64, 64), False),  # tiny sequences, batch entries as lanes
-        ((1, 1, 1, 16, 32, 64, 64), False),
-        ((1, 1, 1, 64, 64, 6, 6), False),  # padding
+        ((8, 12, 12, 197, 197, 64, 64), True, True),  # ViT-B
+        ((1, 3, 3, 49, 49, 32, 32), True, True),  # Swin
+        ((1, 32, 8, 1, 4096, 128, 128), False, False),  # decoding: keys are read once
+        ((1, 32, 4, 1, 4096, 128, 128), True, True),  # eight heads share them
+        ((9, 4, 4, 16, 16, 32, 32), False, False),  # tiny sequences, batch entries as lanes
+        ((9, 4, 4, 16, 16, 64, 64), False, True),
+        ((1, 1, 1, 16, 32, 64, 64), False, True),
+        ((1, 1, 1, 64, 64, 6, 6), False, True),  # padding
+        ((1, 1, 1, 64, 64, 4, 4), False, False),
     ],
     ids=str,
 )
-def test_which_calls_go_to_tiles(sizes: tuple[int, ...], pays: bool, isa: str) -> None:
+def test_which_calls_leave_vectors(sizes: tuple[int, ...], tiles: bool, pairs: bool, isa: str) -> None:
     q, k, v = operands(*sizes)
-    kernel = f"cpu/{'amx' if pays else 'avx512'}" if isa == "amx" else f"cpu/{isa}"
+    vectors = f"cpu/{'avx512' if isa == 'amx' else isa}"
+    kernel = taker() if (tiles if isa == "amx" else pairs) else vectors
     assert mk.explain(mk.attention, q, k, v).kernel == kernel
     runtime.last_kernels(clear=True)
     mk.attention(q, k, v)
     assert runtime.last_kernels() == [("attention", kernel)]
-    if isa == "amx":
-        assert mk.explain(mk.attention, q.float(), k.float(), v.float()).kernel == "cpu/avx512"
+    assert mk.explain(mk.attention, q.float(), k.float(), v.float()).kernel == vectors
+
+
+def test_lower_tiers_keep_to_vectors() -> None:
+    q, k, v = operands(1, 2, 2, 40, 40, 32, 32)
+    for name in runtime.available_isas():
+        if name not in ("avx512", "amx"):
+            with runtime.forced_isa(name):
+                runtime.last_kernels(clear=True)
+                mk.attention(q, k, v)
+                assert mk.explain(mk.attention, q, k, v).kernel == f"cpu/{name}"
+                assert runtime.last_kernels() == [("attention", f"cpu/{name}")]
+
+
+def test_infinity_and_nan_stay(isa: str) -> None:
+    """In the rows and channels that they belong to, and in no other."""
+    q, k, v = operands(1, 1, 1, 40, 51, 32, 31)
+    q[0, 0, 3, 31], v[0, 0, 50, 30], v[0, 0, 7, 0] = math.nan, math.inf, math.nan
+    out, lse = mk.attention(q, k, v, return_lse=True)
+    plain, plain_lse = reference.attention(q, k, v, return_lse=True)
+    assert torch.equal(out.isnan(), plain.isnan()) and torch.equal(out.isinf(), plain.isinf())
+    assert torch.equal(lse.isnan(), plain_lse.isnan()) and lse.isnan().any() and not lse.isnan().all()
+    assert out.isinf().any() and not out.isnan().all()
+
+
+def test_bits_hang_on_neither_threads_nor_batch(isa: str) -> None:
+    call = Call(operands(3, 4, 2, 70, 91, 48, 40), {"is_causal": True, "return_lse": True})
+    upstream = cotangents(as_tuple(call.of(mk.attention)))
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append([*as_tuple(call.of(mk.attention)), *gradients(mk.attention, call, upstream)])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for i, (a, b) in enumerate(zip(results[0], other, strict=True)):
+            assert_same_bits(a, b, f"result {i}")
+    for b in range(3):
+        alone = Call(tuple(x[b : b + 1] for x in call.args), call.kwargs)
+        ups = [u[b : b + 1] for u in upstream]
+        for i, (a, c) in enumerate(
+            zip((*as_tuple(alone.of(mk.attention)), *gradients(mk.attention, alone, ups)), results[0], strict=True)
+        ):
+            assert_same_bits(a, c[b : b + 1], f"result {i} of entry {b}")
