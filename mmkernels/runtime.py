@@ -107,6 +107,11 @@ def isa() -> str:
     return ISA_NAMES[library.mmk_isa_active()]
 
 
+def has_bf16() -> bool:
+    """Whether the avx512 tier has products of bfloat16 (AVX512_BF16) here."""
+    return bool(library.mmk_has_bf16())
+
+
 def available_isas() -> tuple[str, ...]:
     """The tiers that can be forced here, lowest first."""
     return ISA_NAMES[: library.mmk_isa_best() + 1]

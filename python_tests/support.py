@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mmkernels import runtime
 from mmkernels.cards.card import Call, Card, Sample
 
 CPU = torch.device("cpu")
+
+
+def bfloat16_kernel() -> str:
+    """The kernel of products in bfloat16 that do not stay with vectors. As the processor says, not the library."""
+    if runtime.isa() != "avx512" or os.environ.get("MMK_TEST_EMULATE_AVX512") == "1":
+        return f"cpu/{runtime.isa()}"
+    flags = Path("/proc/cpuinfo").read_text().split()
+    return "cpu/avx512_bf16" if "avx512_bf16" in flags else "cpu/avx512"
 
 
 def draw(sample: Sample, dtype: torch.dtype, device: torch.device = CPU) -> Call:

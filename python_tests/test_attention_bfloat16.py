@@ -4,14 +4,12 @@ option beside them, which kernel ran. Without either the same calls run on the b
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support import as_tuple, assert_same_bits, assert_within_rule, cotangents, gradients, to_double
+from support import as_tuple, assert_same_bits, assert_within_rule, bfloat16_kernel, cotangents, gradients, to_double
 from torch import Tensor
 
 import mmkernels as mk
@@ -21,14 +19,6 @@ from mmkernels.reference import attention as reference
 from mmkernels.reference import window_attention as window_reference
 
 BFLOAT16 = torch.bfloat16
-
-
-def taker() -> str:
-    """The kernel of calls that do not stay with vectors. As the processor says, not the library."""
-    if runtime.isa() != "avx512" or os.environ.get("MMK_TEST_EMULATE_AVX512") == "1":
-        return f"cpu/{runtime.isa()}"
-    flags = Path("/proc/cpuinfo").read_text().split()
-    return "cpu/avx512_bf16" if "avx512_bf16" in flags else "cpu/avx512"
 
 
 @pytest.fixture(params=[runtime.best_isa()])
@@ -85,7 +75,7 @@ SIZES = (
 @pytest.mark.parametrize("causal", [False, True])
 def test_sizes(sizes: tuple[int, ...], causal: bool, isa: str) -> None:
     call = Call(operands(*sizes), {"is_causal": causal, "causal_alignment": "bottom_right", "return_lse": True})
-    check(mk.attention, reference.attention, call, "attention", taker())
+    check(mk.attention, reference.attention, call, "attention", bfloat16_kernel())
 
 
 OPTIONS: dict[str, Any] = {
@@ -112,7 +102,7 @@ def test_options(option: str, isa: str) -> None:
     else:
         more = {key: value for name in OPTIONS if "of the" not in name for key, value in OPTIONS[name]().items()}
     call = Call(operands(2, 4, 2, 37, 90, 40, 24), {**more, "return_lse": True})
-    check(mk.attention, reference.attention, call, "attention", taker())
+    check(mk.attention, reference.attention, call, "attention", bfloat16_kernel())
 
 
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "cosine"])
@@ -126,7 +116,7 @@ def test_windows(sizes: tuple[tuple[int, ...], ...], norm: bool, isa: str) -> No
     if norm:
         more |= {"qk_norm": "l2", "scale": drawn(heads, seed=4).abs() * 4}
     call = Call((drawn(2, *grid, 3 * channels), drawn(rows, heads, seed=2)), more)
-    check(mk.window_attention, window_reference.window_attention, call, "window_attention", taker(), luck=2)
+    check(mk.window_attention, window_reference.window_attention, call, "window_attention", bfloat16_kernel(), luck=2)
 
 
 def test_packed_sequences_choose_one_by_one(isa: str) -> None:
@@ -135,7 +125,7 @@ def test_packed_sequences_choose_one_by_one(isa: str) -> None:
     q, k, v = drawn(sum(lengths_q), 2, 48), drawn(sum(lengths_k), 2, 48, seed=1), drawn(sum(lengths_k), 2, 20, seed=2)
     cu_q, cu_k = (torch.tensor((0, *lengths)).cumsum(0) for lengths in (lengths_q, lengths_k))
     together = Call((q, k, v), {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "return_lse": True})
-    check(mk.attention, reference.attention, together, "attention", taker())
+    check(mk.attention, reference.attention, together, "attention", bfloat16_kernel())
     upstream = cotangents(together.of(mk.attention))
     results = (*together.of(mk.attention), *gradients(mk.attention, together, upstream))
     ran = set()
@@ -150,7 +140,7 @@ def test_packed_sequences_choose_one_by_one(isa: str) -> None:
         grads = gradients(mk.attention, alone, [u[of_q].transpose(0, 1)[None] for u in upstream])
         for i, (one, part, of) in enumerate(zip((*parts, *grads), results, (of_q, of_q, of_q, of_k, of_k), strict=True)):
             assert_same_bits(one[0].transpose(0, 1), part[of], f"result {i} of sequence {b}")
-    assert ran == {taker(), "cpu/avx512" if isa == "amx" else f"cpu/{isa}"}
+    assert ran == {bfloat16_kernel(), "cpu/avx512" if isa == "amx" else f"cpu/{isa}"}
 
 
 def test_values_beyond_every_limit_are_not_read(isa: str) -> None:
@@ -180,7 +170,7 @@ def test_values_beyond_every_limit_are_not_read(isa: str) -> None:
 def test_which_calls_leave_vectors(sizes: tuple[int, ...], tiles: bool, pairs: bool, isa: str) -> None:
     q, k, v = operands(*sizes)
     vectors = f"cpu/{'avx512' if isa == 'amx' else isa}"
-    kernel = taker() if (tiles if isa == "amx" else pairs) else vectors
+    kernel = bfloat16_kernel() if (tiles if isa == "amx" else pairs) else vectors
     assert mk.explain(mk.attention, q, k, v).kernel == kernel
     runtime.last_kernels(clear=True)
     mk.attention(q, k, v)

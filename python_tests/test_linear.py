@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import assert_same_bits, assert_within_rule, gradients, to_double
+from support import assert_same_bits, assert_within_rule, bfloat16_kernel, gradients, to_double
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -152,6 +152,19 @@ def test_packed_gives_the_same_bits(dtype: torch.dtype, isa: str) -> None:
         mk.mlp(x, packed, w_out, w_gate=mk.pack_linear(gate)), mk.mlp(x, weight, w_out, bias, w_gate=gate), "gated"
     )
     assert_same_bits(mk.mlp(x, packed, w_out, w_gate=gate), mk.mlp(x, weight, w_out, bias, w_gate=gate), "half packed")
+
+
+def test_bfloat16_has_products_of_its_own(isa: str) -> None:
+    """Where the processor has them, packed or not, forward and backward; int8 weights beside bfloat16 are another's."""
+    x, weight, bias = layer(9, 41, 37, torch.bfloat16)
+    leaf = x.clone().requires_grad_()
+    for w in (weight, mk.pack_linear(weight)):
+        mk.last_kernels(clear=True)
+        assert mk.explain(mk.linear, x, w).kernel == bfloat16_kernel()
+        mk.linear(x, w)
+        mk.linear(leaf, weight, bias).sum().backward()
+        assert {kernel for op, kernel in mk.last_kernels() if "linear" in op} == {bfloat16_kernel()}
+    assert "bf16" not in mk.explain(mk.linear, x, mk.pack_linear(weight, dtype=torch.int8)).kernel
 
 
 def test_packed_weights_are_read() -> None:

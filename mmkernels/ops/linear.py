@@ -243,12 +243,14 @@ def _no_gate(arguments: backends.Arguments) -> str | None:
 
 
 def _tier(*weights: str) -> Callable[[backends.Arguments], str | None]:
-    """Matrix tiles multiply bfloat16, and int8 of packed weights; other calls run vectors."""
+    """Matrix tiles multiply bfloat16, and int8 of packed weights; AVX512_BF16 bfloat16; other calls run vectors."""
 
     def tier(arguments: backends.Arguments) -> str | None:
         kinds = {getattr(arguments.get(name), "dtype", None) for name in weights}
-        tiles = torch.int8 in kinds or arguments["x"].dtype == torch.bfloat16
-        return "amx" if tiles and runtime.isa() == "amx" else None
+        is_int8, is_bfloat16 = torch.int8 in kinds, arguments["x"].dtype == torch.bfloat16
+        if (is_int8 or is_bfloat16) and runtime.isa() == "amx":
+            return "amx"
+        return "avx512_bf16" if is_bfloat16 and not is_int8 and runtime.isa() == "avx512" and runtime.has_bf16() else None
 
     return tier
 

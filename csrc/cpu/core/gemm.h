@@ -128,6 +128,9 @@ struct GemmTiles {
 namespace amx {
 extern const GemmTiles gemm_tiles;
 }
+namespace avx512_bf16 {
+extern const GemmArithmetic gemm_pairs;  // bfloat16
+}
 namespace vnni {
 void multiply_int8(const GemmBlock&);
 }

@@ -66,6 +66,8 @@ bool has_bf16() {
 
 }  // namespace mmk
 
+// Whether bfloat16 has products of its own at the AVX-512 tier, for mk.explain.
+MMK_EXPORT int mmk_has_bf16() { return mmk::has_bf16() ? 1 : 0; }
 MMK_EXPORT int mmk_isa_best() { return static_cast<int>(mmk::best_isa()); }
 MMK_EXPORT int mmk_isa_active() { return static_cast<int>(mmk::active_isa()); }
 
