@@ -390,6 +390,20 @@ def test_few_rows_are_those_of_many(dtype: torch.dtype, isa: str) -> None:
         torch.testing.assert_close(few_lse, many_lse[:, :, rows], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", SINGLE_AND_HALF, ids=str)
+@pytest.mark.parametrize("len_k", [1, 17, 384, 385, 1000])
+@pytest.mark.parametrize("len_q", [1, 2, 3, 4, 11, 19, 49])
+def test_few_rows_over_blocks_of_keys(len_q: int, len_k: int, dtype: torch.dtype, isa: str) -> None:
+    """Rows alone or left over from panels, of whole vectors of channels and of nothing but products; later keys have larger
+    scores, so that what came of the earlier ones shrinks."""
+    q, k, v = heads(2, 2, len_q, len_k, 32, dtype)
+    q, k = q.abs(), k * torch.linspace(0.2, 2, len_k)[:, None].to(dtype)
+    call = Call((q, k, v), {"return_lse": True})
+    ours, plain = call.of(mk.attention), call.of(reference.attention)
+    for a, b, truth in zip(ours, plain, to_double(call).of(reference.attention), strict=True):
+        assert_within_rule(a, b, truth, f"{len_q} of {len_k}, {dtype}")
+
+
 # --- rows that see nothing, special values ------------------------------------------------------------------------------
 @pytest.mark.parametrize("dtype", SINGLE_AND_HALF, ids=str)
 @pytest.mark.parametrize("len_q", [2, 40])
