@@ -139,9 +139,8 @@ class Forward {
     for (int64_t g = 0; g < next.group; ++g) add_rows<T>(next, call.q, next.h * next.group + g, next.first_q, next.len_q, ahead);
     add_rows<T>(next, call.k, next.h, next.first_k, next.len_k, ahead);
     add_rows<T>(next, call.v, next.h, next.first_k, next.len_k, ahead);
-    const int64_t looks = ceil_div(pair.len_k, pair_rows) * (call.dim / ahead_steps) +
-                          ceil_div(call.value_dim, pair_rows) * (pair.len_k / ahead_steps);
-    ahead.at_once = ceil_div(ahead.count, most(ceil_div(least(call.block_rows, pair.rows), lanes) * looks, 1));
+    const int64_t panels = ceil_div(least(call.block_rows, pair.rows), lanes);
+    ahead.spread(panels * (looks_of(pair.len_k, call.dim) + looks_of(call.value_dim, pair.len_k)));
   }
 
   void stage(const Pair& pair) {

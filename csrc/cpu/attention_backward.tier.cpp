@@ -95,9 +95,7 @@ class Backward {
       if (reads_out) add_rows<T>(next, call.out, head, next.first_q, next.len_q, ahead);
       add_rows<T>(next, back.grad_out, head, next.first_q, next.len_q, ahead);
     }
-    const int64_t looks = ceil_div(pair.len_k, pair_rows) * ((call.dim + call.value_dim) / ahead_steps) +
-                          ceil_div(call.dim, pair_rows) * (pair.len_k / ahead_steps);
-    ahead.at_once = ceil_div(ahead.count, most(panels * looks, 1));
+    ahead.spread(panels * (looks_of(pair.len_k, call.dim) + looks_of(pair.len_k, call.value_dim) + looks_of(call.dim, pair.len_k)));
   }
 
   void run_pair(const Pair& pair, const Pair& next, int64_t chunk, int64_t split) {

@@ -360,8 +360,7 @@ class NextRows {
     ahead_.count = ahead_.next = 0;
     for (int64_t i = begin; i < end; ++i)
       for (int64_t operand = 0; operand < operands; ++operand) ahead_.add(row(operand, i));
-    const int64_t looks = ceil_div(rows, pair_rows) * ceil_div(cols, 2 * Vec<A>::width) * (depth / ahead_steps);
-    ahead_.at_once = ceil_div(ahead_.count, most(looks, 1));
+    ahead_.spread(looks_of(rows, depth) * ceil_div(cols, 2 * Vec<A>::width));
     return &ahead_;
   }
 

@@ -21,6 +21,8 @@ struct Ahead {
       for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(row + byte, 0, 3);
     }
   }
+  // All of them in so many looks.
+  void spread(int64_t looks) { at_once = ceil_div(count, most(looks, 1)); }
   void some() { until(least(next + at_once, count)); }
 };
 

@@ -23,6 +23,9 @@ inline constexpr int pair_rows = 6, single_rows = 10;
 // Steps of k between one look ahead and the next.
 inline constexpr int64_t ahead_steps = 8;
 
+// Looks that a product takes by two vectors of lanes.
+inline int64_t looks_of(int64_t rows, int64_t depth) { return ceil_div(rows, pair_rows) * (depth / ahead_steps); }
+
 template <class A>
 struct LaneProduct {
   const A* a;  // element (i, k) at i * a_row + k * a_step
