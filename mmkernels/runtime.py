@@ -107,9 +107,9 @@ def isa() -> str:
     return ISA_NAMES[library.mmk_isa_active()]
 
 
-def has_bf16() -> bool:
-    """Whether the avx512 tier has products of bfloat16 (AVX512_BF16) here."""
-    return bool(library.mmk_has_bf16())
+def has_bf16_pairs() -> bool:
+    """Whether the tier in force has products of pairs of bfloat16 (AVX512_BF16)."""
+    return bool(library.mmk_has_bf16_pairs())
 
 
 def available_isas() -> tuple[str, ...]:

@@ -19,7 +19,7 @@ Beyond beyond_vectors() {
 #if MMK_X86_TIERS
   if (active_isa() == Isa::amx) return {&amx::attention_kernels, kernel_name(Isa::amx), tiles_pay};
 #if !MMK_EMULATE_AVX512
-  if (active_isa() == Isa::avx512 && has_bf16()) return {&avx512_bf16::attention_kernels, "cpu/avx512_bf16", pairs_pay};
+  if (has_bf16_pairs()) return {&avx512_bf16::attention_kernels, bf16_pairs_name, pairs_pay};
 #endif
 #endif
   return {};

@@ -250,7 +250,7 @@ def _tier(*weights: str) -> Callable[[backends.Arguments], str | None]:
         is_int8, is_bfloat16 = torch.int8 in kinds, arguments["x"].dtype == torch.bfloat16
         if (is_int8 or is_bfloat16) and runtime.isa() == "amx":
             return "amx"
-        return "avx512_bf16" if is_bfloat16 and not is_int8 and runtime.isa() == "avx512" and runtime.has_bf16() else None
+        return "avx512_bf16" if is_bfloat16 and not is_int8 and runtime.has_bf16_pairs() else None
 
     return tier
 

@@ -343,8 +343,7 @@ GemmChoice choose_gemm(Number number) {
     if (number == Number::int8) return chosen(Isa::amx, kernels, amx::gemm_tiles.int8);
   }
 #if !MMK_EMULATE_AVX512
-  if (isa == Isa::avx512 && number == Number::bfloat16 && has_bf16())
-    return {kernels, &avx512_bf16::gemm_pairs, isa, "cpu/avx512_bf16"};
+  if (number == Number::bfloat16 && has_bf16_pairs()) return {kernels, &avx512_bf16::gemm_pairs, isa, bf16_pairs_name};
 #endif
   if (isa == Isa::avx512 && number == Number::int8 && has_vnni()) {
     static const GemmArithmetic with_vnni = [](GemmArithmetic arithmetic) {
@@ -368,8 +367,7 @@ GemmChoice choose_gemm(Number number) {
 
 GemmChoice choose_gemm_unpacked(Number number) {
   // Half precision is widened when it is packed, unless its own products are multiplied.
-  const Isa isa = active_isa();
-  const bool own = number == Number::bfloat16 && (isa == Isa::amx || (isa == Isa::avx512 && has_bf16()));
+  const bool own = number == Number::bfloat16 && (active_isa() == Isa::amx || has_bf16_pairs());
   const bool half = number == Number::bfloat16 || number == Number::float16;
   return choose_gemm(half && !own ? Number::float32 : number);
 }

@@ -1,5 +1,5 @@
 // Matrix products in bfloat16 by AVX512_BF16, whose instruction adds two products to each 32-bit sum: panels of the AVX-512 tier
-// with the depth in pairs. Compiled with it on; nothing here runs before has_bf16() has asked. Subnormal numbers count as zero.
+// with the depth in pairs. Compiled with it on; nothing here runs before has_bf16_pairs() has asked. Subnormal numbers count as zero.
 #include "gemm_panels.h"
 
 namespace mmk::MMK_TIER {

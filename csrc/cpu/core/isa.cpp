@@ -55,10 +55,10 @@ bool has_vnni() {
 #endif
 }
 
-bool has_bf16() {
+bool has_bf16_pairs() {
 #if MMK_X86_TIERS && !MMK_EMULATE_AVX512
-  static const bool answer = __builtin_cpu_supports("avx512bf16");
-  return answer;
+  static const bool offered = __builtin_cpu_supports("avx512bf16");
+  return offered && active_isa() == Isa::avx512;
 #else
   return false;
 #endif
@@ -66,8 +66,8 @@ bool has_bf16() {
 
 }  // namespace mmk
 
-// Whether bfloat16 has products of its own at the AVX-512 tier, for mk.explain.
-MMK_EXPORT int mmk_has_bf16() { return mmk::has_bf16() ? 1 : 0; }
+// For mk.explain.
+MMK_EXPORT int mmk_has_bf16_pairs() { return mmk::has_bf16_pairs() ? 1 : 0; }
 MMK_EXPORT int mmk_isa_best() { return static_cast<int>(mmk::best_isa()); }
 MMK_EXPORT int mmk_isa_active() { return static_cast<int>(mmk::active_isa()); }
 

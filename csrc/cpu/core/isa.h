@@ -15,14 +15,15 @@ Isa best_isa();
 // Whether AVX-512 comes with its integer multiply-adds (VNNI), which processors with AMX always have.
 bool has_vnni();
 
-// Whether AVX-512 comes with its products of pairs of bfloat16 (AVX512_BF16). Not where it is emulated.
-bool has_bf16();
-
 extern std::atomic<int> isa_in_force;
 
 inline Isa active_isa() {
   return static_cast<Isa>(isa_in_force.load(std::memory_order_relaxed));
 }
+
+// Whether products of pairs of bfloat16 (AVX512_BF16) are in force: where the AVX-512 tier is, and comes with them. Not where it
+// is emulated.
+bool has_bf16_pairs();
 
 // One family's kernels, one table per tier. A tier without kernels of its own (nullptr) uses the next lower one:
 // a copy gains nothing from matrix tiles, so an AMX machine runs its AVX-512 kernels.

@@ -15,6 +15,8 @@ inline const char* kernel_name(Isa isa) {
   return names[static_cast<int>(isa)];
 }
 
+inline constexpr const char* bf16_pairs_name = "cpu/avx512_bf16";
+
 // double has kernels in the generic tier alone.
 template <class Kernels>
 Tier<Kernels> tier_for(const Tiers<Kernels>& tiers, bool is_double) {
