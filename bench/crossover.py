@@ -6,37 +6,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import time
-from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import matplotlib
 import torch
-from torch import Tensor
 
 import mmkernels as mk
-from mmkernels import runtime
+from mmkernels.bench.machine import this_machine
+from mmkernels.bench.measure import interleave
 
 matplotlib.use("agg")
 from matplotlib import pyplot
 
 LENGTHS = (8, 16, 32, 49, 64, 96, 128, 196, 256, 392, 512, 784, 1024, 1568, 2048, 3136)
 CHANNELS, SUPPORTS, BITS = 32, 25, 16
-
-
-def medians(contestants: dict[str, Callable[[], Tensor]], seconds: float) -> dict[str, float]:
-    """Median milliseconds of each, in rounds of all."""
-    for run in contestants.values():
-        run()
-    times: dict[str, list[float]] = {name: [] for name in contestants}
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times[next(iter(times))]) < 15:
-        for name, run in contestants.items():
-            begin = time.perf_counter()
-            run()
-            times[name].append(1e3 * (time.perf_counter() - begin))
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def main() -> None:
@@ -56,11 +40,12 @@ def main() -> None:
             "ecoformer": lambda qk=qk, v=v: mk.ecoformer_attention(qk, v, supports, projection, mean),
         }
         with torch.inference_mode():
-            rows.append({"length": length, **medians(contestants, arguments.seconds)})
+            timings = interleave(contestants, arguments.seconds)
+        rows.append({"length": length, **{name: timing.median_ms for name, timing in timings.items()}})
         print(rows[-1], flush=True)
     crossover = next((row["length"] for row in rows if row["ecoformer"] < row["softmax"]), None)
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    record = {"isa": runtime.isa(), "torch": torch.__version__, "crossover": crossover, "milliseconds": rows}
+    record = {"machine": asdict(this_machine("cpu")), "crossover": crossover, "milliseconds": rows}
     (arguments.folder / "crossover.json").write_text(json.dumps(record, indent=1) + "\n")
     figure, axes = pyplot.subplots(figsize=(6, 4))
     for name, label in (("softmax", "mk.attention"), ("ecoformer", "mk.ecoformer_attention")):
