@@ -29,7 +29,7 @@ import mmkernels as mk
 from mmkernels import runtime
 from mmkernels.cards import all_cards, card_of
 from mmkernels.cards.card import BadInput, Call, Card, Sample
-from mmkernels.ops import route
+from mmkernels.ops import entry
 from mmkernels.ops.backends import Explanation
 
 CARDS = all_cards()
@@ -385,7 +385,7 @@ def test_second_derivative_through_the_operator(card: Card) -> None:
 def test_reference_takes_over_where_no_kernel_can(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where no kernel takes a call, the operator runs the reference, warns once, and refuses under MMKERNELS_STRICT=1."""
     elsewhere = Explanation(card.name, "reference", {"cpu": "x is elsewhere", "reference": None})
-    monkeypatch.setattr(route, "choose", lambda op, backends, arguments: elsewhere)
+    monkeypatch.setattr(entry, "choose", lambda op, backends, arguments: elsewhere)
     for sample in card.samples:
         if sample.full or "ViT" in sample.name:
             continue
@@ -393,7 +393,7 @@ def test_reference_takes_over_where_no_kernel_can(card: Card, monkeypatch: pytes
             gradients(card.function, draw(sample, torch.float32))
         for func, args, kwargs in recorded.calls:
             expected = as_tuple(func(*args, **kwargs))
-            fallback = route.PYTHON_KERNELS[func._schema.name]
+            fallback = entry.PYTHON_KERNELS[func._schema.name]
             runtime.last_kernels(clear=True)
             runtime._warn_once.cache_clear()
             with pytest.warns(mk.FallbackWarning, match="slow reference: cpu: x is elsewhere"):

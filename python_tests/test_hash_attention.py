@@ -23,7 +23,7 @@ from mmkernels import runtime
 from mmkernels.cards import card_of
 from mmkernels.cards.card import Call
 from mmkernels.cards.hash_attention import _ecoformer, _hash
-from mmkernels.ops import route
+from mmkernels.ops import entry
 from mmkernels.reference import hash_attention as reference
 
 GOLDEN = Path(__file__).parent / "golden" / "ecoformer"
@@ -418,7 +418,7 @@ def test_backward_says_why_cuda_has_no_kernel() -> None:
     cuda, by_torch = ops.BACKWARD_BACKENDS[1:3]
     assert "no CUDA kernel" in (cuda.reason({}) or "")
     assert by_torch.name == "torch" and by_torch.note
-    assert set(card_of("ecoformer_attention").ops) <= set(route.PYTHON_KERNELS)
+    assert set(card_of("ecoformer_attention").ops) <= set(entry.PYTHON_KERNELS)
 
 
 # --- what compiled code refuses by itself -------------------------------------------------------------------------------

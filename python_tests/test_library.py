@@ -15,7 +15,7 @@ from conftest import ROOT
 
 import mmkernels as mk
 from mmkernels import runtime
-from mmkernels.ops.route import translated
+from mmkernels.ops.entry import translated
 
 sys.path.insert(0, str(ROOT / "csrc"))
 import audit

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mmkernels.cards import all_cards
-from mmkernels.ops import route
+from mmkernels.ops import entry
 from mmkernels.ops.backends import Backend
 
 
@@ -40,7 +40,7 @@ def taken(backend: Backend, func: Any, args: tuple[Any, ...]) -> bool:
 def reference_in(dtype: torch.dtype, name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """The operator's plain-torch form with every floating tensor in `dtype`."""
     cast = tuple(a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
-    return as_tuple(route.REFERENCES[name](*cast))
+    return as_tuple(entry.REFERENCES[name](*cast))
 
 
 def check(name: str, args: tuple[Any, ...], what: str) -> None:
@@ -48,7 +48,7 @@ def check(name: str, args: tuple[Any, ...], what: str) -> None:
     torch.use_deterministic_algorithms(True)  # fresh memory is then filled with NaN: nothing may stay unwritten
     outputs = as_tuple(function(*args))
     torch.use_deterministic_algorithms(False)
-    plain, oracle = as_tuple(route.REFERENCES[name](*args)), reference_in(torch.float64, name, args)
+    plain, oracle = as_tuple(entry.REFERENCES[name](*args)), reference_in(torch.float64, name, args)
     for i, (ours, theirs, truth) in enumerate(zip(outputs, plain, oracle, strict=True)):
         assert ours.shape == theirs.shape and ours.dtype == theirs.dtype, f"{what}: output {i}"
         if ours.numel() == 0:

@@ -18,7 +18,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // A C++ error becomes a Python RuntimeError on its way through torch's dispatcher. Messages that begin with "mmkernels: "
-// are about an argument; the eager wrapper in Python (mmkernels/ops/route.py) turns exactly these into ValueError.
+// are about an argument; the eager wrapper in Python (mmkernels/ops/entry.py) turns exactly these into ValueError.
 template <class... Parts>
 void check(bool holds, const char* argument, const Parts&... parts) {
   if (__builtin_expect(holds, 1)) return;

@@ -12,7 +12,7 @@ from torch.compiler import is_compiling
 from mmkernels import runtime
 from mmkernels.ops import backends
 from mmkernels.ops.checks import INT64_MAX, check_float, check_gradient, check_tensor
-from mmkernels.ops.route import (
+from mmkernels.ops.entry import (
     autocast_dtype,
     define,
     differentiable,

@@ -11,8 +11,7 @@ from torch.compiler import is_compiling
 
 from mmkernels.ops import backends
 from mmkernels.ops.checks import check_beside, check_float, check_gradient, check_int, check_tensor
-from mmkernels.ops.packed_linear import DTYPES
-from mmkernels.ops.route import (
+from mmkernels.ops.entry import (
     define,
     differentiable,
     implement,
@@ -20,6 +19,7 @@ from mmkernels.ops.route import (
     stats_dtype,
     wants_gradient,
 )
+from mmkernels.ops.packed_linear import DTYPES
 from mmkernels.reference import hash_attention as reference
 
 MAX_BITS = 32

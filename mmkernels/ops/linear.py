@@ -12,8 +12,8 @@ from torch.compiler import is_compiling
 from mmkernels import runtime
 from mmkernels.ops import backends
 from mmkernels.ops.checks import check_gradient, check_matrix, check_parameter, check_tokens
+from mmkernels.ops.entry import autocast_dtype, define, differentiable, implement, not_differentiable, wants_gradient
 from mmkernels.ops.packed_linear import DTYPES, PackedLinear, cast, cast_weight, check_pack, current_packs, unpack
-from mmkernels.ops.route import autocast_dtype, define, differentiable, implement, not_differentiable, wants_gradient
 from mmkernels.reference import linear as reference
 
 ACTIVATIONS = reference.ACTIVATIONS

@@ -21,7 +21,7 @@ from mmkernels.ops.attention import (
     max_seqlen_of,
 )
 from mmkernels.ops.checks import check_float, check_gradient
-from mmkernels.ops.route import define, differentiable, implement, not_differentiable, stats_dtype, wants_gradient
+from mmkernels.ops.entry import define, differentiable, implement, not_differentiable, stats_dtype, wants_gradient
 from mmkernels.reference import linear_attention as reference
 
 FEATURE_MAPS = reference.FEATURE_MAPS

@@ -12,7 +12,7 @@ from torch.compiler import is_compiling
 
 from mmkernels.ops import backends
 from mmkernels.ops.checks import check_float, check_gradient, check_parameter, check_rows, check_vectors
-from mmkernels.ops.route import (
+from mmkernels.ops.entry import (
     autocast_widens_norms,
     contiguous,
     define,

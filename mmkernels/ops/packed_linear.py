@@ -15,7 +15,7 @@ from torch.utils import _pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from mmkernels.ops.checks import check_matrix, check_parameter
-from mmkernels.ops.route import define, translated
+from mmkernels.ops.entry import define, translated
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _NUMBERS = {**{dtype: number for number, dtype in enumerate(DTYPES)}, torch.int8: len(DTYPES)}

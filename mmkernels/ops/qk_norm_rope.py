@@ -10,7 +10,7 @@ from torch.compiler import is_compiling
 
 from mmkernels.ops import backends
 from mmkernels.ops.checks import check_beside, check_float, check_parameter, check_tensor
-from mmkernels.ops.route import define, differentiable, implement, not_differentiable, wants_gradient
+from mmkernels.ops.entry import define, differentiable, implement, not_differentiable, wants_gradient
 from mmkernels.reference import qk_norm_rope as reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

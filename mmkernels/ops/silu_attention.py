@@ -11,8 +11,7 @@ from torch.compiler import is_compiling
 
 from mmkernels.ops import backends
 from mmkernels.ops.checks import check_float, check_gradient, check_tensor
-from mmkernels.ops.packed_linear import DTYPES, cast
-from mmkernels.ops.route import (
+from mmkernels.ops.entry import (
     autocast_dtype,
     define,
     differentiable,
@@ -21,6 +20,7 @@ from mmkernels.ops.route import (
     stats_dtype,
     wants_gradient,
 )
+from mmkernels.ops.packed_linear import DTYPES, cast
 from mmkernels.reference import silu_attention as reference
 
 

@@ -11,7 +11,7 @@ from torch.compiler import is_compiling
 
 from mmkernels.ops import backends
 from mmkernels.ops.checks import INT64_MAX, check_float, check_gradient, check_int, check_parameter, check_tensor
-from mmkernels.ops.route import (
+from mmkernels.ops.entry import (
     autocast_widens_norms,
     contiguous,
     define,

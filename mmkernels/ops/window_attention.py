@@ -13,7 +13,7 @@ from torch.compiler import is_compiling
 from mmkernels.ops import backends
 from mmkernels.ops.attention import tier_beyond_vectors
 from mmkernels.ops.checks import check_float, check_gradient, check_int, check_matrix, check_parameter, check_rows
-from mmkernels.ops.route import (
+from mmkernels.ops.entry import (
     autocast_dtype,
     define,
     differentiable,
