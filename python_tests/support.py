@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from mmkernels import runtime
 from mmkernels.cards.card import Call, Card, Sample
@@ -32,8 +33,8 @@ def draw(sample: Sample, dtype: torch.dtype, device: torch.device = CPU) -> Call
 
 
 def as_tuple(value: Any) -> tuple[Any, ...]:
-    """Outputs side by side, those in tuples too."""
-    return tuple(part for item in value for part in as_tuple(item)) if isinstance(value, (tuple, list)) else (value,)
+    """Outputs side by side, those inside of others too."""
+    return tuple(tree_leaves(value))
 
 
 def to_double(call: Call) -> Call:
@@ -53,20 +54,24 @@ def leaves(call: Call) -> tuple[Call, list[Tensor]]:
     return call.map_tensors(leaf), made
 
 
+def differentiable(outputs: Sequence[Any]) -> list[Tensor]:
+    """Those that can have a gradient."""
+    return [o for o in outputs if isinstance(o, Tensor) and o.is_floating_point()]
+
+
 def cotangents(outputs: Sequence[Any]) -> list[Tensor]:
-    """Fixed random gradients for the tensor outputs."""
+    """Fixed random gradients for the floating tensor outputs."""
     generator = torch.Generator().manual_seed(7)
     return [
         torch.randn(o.shape, generator=generator).to(device=o.device, dtype=o.dtype)
-        for o in outputs
-        if isinstance(o, Tensor)
+        for o in differentiable(outputs)
     ]
 
 
 def gradients(function: Callable[..., Any], call: Call, upstream: Sequence[Tensor] | None = None) -> list[Tensor | None]:
     """Gradients of the floating tensors of `call` for fixed (or the given) upstream gradients; None where there is none."""
     call, wanted = leaves(call)
-    outputs = [o for o in as_tuple(call.of(function)) if isinstance(o, Tensor)]
+    outputs = differentiable(as_tuple(call.of(function)))
     if not any(o.requires_grad for o in outputs):
         return [None] * len(wanted)
     upstream = cotangents(outputs) if upstream is None else [u.to(o.dtype) for u, o in zip(upstream, outputs, strict=True)]

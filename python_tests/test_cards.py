@@ -15,6 +15,7 @@ from support import (
     assert_same_bits,
     assert_within_rule,
     cotangents,
+    differentiable,
     draw,
     gradients,
     is_dense,
@@ -157,7 +158,7 @@ def test_gradcheck(card: Card, sample: Sample) -> None:
     def function(*tensors: Tensor) -> tuple[Tensor, ...]:
         replaced = iter(tensors)
         outputs = call.map_tensors(lambda t: next(replaced) if t.is_floating_point() else t).of(card.function)
-        return tuple(o for o in as_tuple(outputs) if isinstance(o, Tensor))
+        return tuple(differentiable(as_tuple(outputs)))
 
     dense = [t.detach().contiguous().requires_grad_() for t in wanted]  # finite differences need memory of their own
     assert torch.autograd.gradcheck(function, dense, fast_mode=True)
@@ -167,14 +168,14 @@ def test_gradcheck(card: Card, sample: Sample) -> None:
 def test_second_derivative_is_right_or_refused(card: Card) -> None:
     sample = next((s for s in card.samples if s.name == "small"), card.samples[0])
     call, wanted = leaves(draw(sample, torch.float64))
-    outputs = [o for o in as_tuple(call.of(card.function)) if isinstance(o, Tensor)]
+    outputs = differentiable(as_tuple(call.of(card.function)))
     upstream = [u.requires_grad_() for u in cotangents(outputs)]
     first = torch.autograd.grad(outputs, wanted, upstream, create_graph=True, allow_unused=True)
     first = tuple(gradient for gradient in first if gradient is not None)
     if card.twice_differentiable:
         again = torch.autograd.grad([g.square().sum() for g in first], upstream)
         reference_call, reference_wanted = leaves(draw(sample, torch.float64))
-        reference = [o for o in as_tuple(reference_call.of(card.reference)) if isinstance(o, Tensor)]
+        reference = differentiable(as_tuple(reference_call.of(card.reference)))
         their_first = torch.autograd.grad(reference, reference_wanted, upstream, create_graph=True)
         theirs = torch.autograd.grad([g.square().sum() for g in their_first], upstream)
         for ours, expected in zip(again, theirs, strict=True):

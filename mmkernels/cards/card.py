@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from mmkernels.ops.backends import Backend
 
@@ -26,14 +27,9 @@ class Call:
         return function(*self.args, **self.kwargs)
 
     def map_tensors(self, change: Callable[[Tensor], Tensor]) -> Call:
-        """The same call with every tensor replaced by `change(tensor)`, those in tuples too."""
-
-        def changed(value: Any) -> Any:
-            if isinstance(value, tuple):
-                return tuple(changed(v) for v in value)
-            return change(value) if isinstance(value, Tensor) else value
-
-        return Call(changed(self.args), {k: changed(v) for k, v in self.kwargs.items()})
+        """The same call with every tensor replaced by `change(tensor)`, those inside of arguments too."""
+        args, kwargs = tree_map_only(Tensor, change, (self.args, self.kwargs))
+        return Call(args, kwargs)
 
     def tensors(self) -> list[Tensor]:
         found: list[Tensor] = []
