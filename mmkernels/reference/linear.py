@@ -86,13 +86,17 @@ def linear_op(
     return out.clone() if out is pre else out, _kept(pre, need_pre)
 
 
-def _through(grad: Tensor, pre: Tensor, activation: int) -> tuple[Tensor, Tensor]:
-    """(gradient before the activation, activated value)."""
-    with torch.enable_grad():
-        leaf = pre.detach().requires_grad_()
-        value = activate(leaf, ACTIVATIONS[activation])
-        (before,) = torch.autograd.grad(value, leaf, grad) if value is not leaf else (grad,)
-    return before, value.detach()
+def through(grad: Tensor, pre: Tensor, activation: int) -> tuple[Tensor, Tensor]:
+    """(gradient before the activation, activated value). Without autograd, below which operators run."""
+    name = ACTIVATIONS[activation]
+    value = activate(pre, name)
+    if name is None:
+        return grad, value
+    if name == "relu":
+        return torch.ops.aten.threshold_backward(grad, pre, 0), value
+    if name == "silu":
+        return torch.ops.aten.silu_backward(grad, pre), value
+    return torch.ops.aten.gelu_backward(grad, pre, approximate="tanh" if name == "gelu_tanh" else "none"), value
 
 
 def _rows(value: Tensor) -> Tensor:
@@ -120,7 +124,7 @@ def linear_backward_op(
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The operator mmkernels::linear_backward: gradients of x, weight and bias (empty where not needed)."""
-    before = grad.clone() if pre is None else _through(grad, pre, activation)[0]
+    before = grad.clone() if pre is None else through(grad, pre, activation)[0]
     grad_x = before @ weight if need_x else x.new_empty(0)
     return grad_x, _of_weight(before, x, need_weight), _of_bias(before, bias, need_bias)
 
@@ -179,10 +183,10 @@ def mlp_backward_op(
     """The operator mmkernels::mlp_backward: the gradients that MLP_GRADIENTS names (empty where not needed)."""
     of_hidden = grad @ w_out
     if w_gate is None:
-        before, hidden = _through(of_hidden, pre, activation)
+        before, hidden = through(of_hidden, pre, activation)
         before_gate = before
     else:
-        before_gate, value = _through(of_hidden * pre, pre_gate, activation)
+        before_gate, value = through(of_hidden * pre, pre_gate, activation)
         before, hidden = of_hidden * value, value * pre
     return mlp_gradients(grad, x, w_in, w_gate, b_in, b_out, b_gate, hidden, before, before_gate, needs)
 
