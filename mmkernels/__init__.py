@@ -15,9 +15,12 @@ from mmkernels.ops.attention import attention
 from mmkernels.ops.hash_attention import ecoformer_attention, hash_attention, hash_codes
 from mmkernels.ops.linear import linear, mlp
 from mmkernels.ops.linear_attention import linear_attention
+from mmkernels.ops.moe import Dispatch, ExpertLora, dispatch, grouped_linear, moe_mlp
+from mmkernels.ops.nested_mlp import nested_mlp
 from mmkernels.ops.norm import add_layer_norm, add_rms_norm, layer_norm, modulate, rms_norm
 from mmkernels.ops.packed_linear import PackedLinear, pack_linear
 from mmkernels.ops.qk_norm_rope import qk_norm_rope
+from mmkernels.ops.routing import Routing, RoutingLosses, fixed_routing, route
 from mmkernels.ops.silu_attention import silu_attention
 from mmkernels.ops.token_roll import token_roll, token_roll_layer_norm
 from mmkernels.ops.window_attention import window_attention
@@ -25,14 +28,21 @@ from mmkernels.runtime import FallbackWarning, last_kernels
 from mmkernels.version import __version__
 
 __all__ = [
+    "Dispatch",
+    "ExpertLora",
     "FallbackWarning",
     "PackedLinear",
+    "Routing",
+    "RoutingLosses",
     "__version__",
     "add_layer_norm",
     "add_rms_norm",
     "attention",
+    "dispatch",
     "ecoformer_attention",
     "explain",
+    "fixed_routing",
+    "grouped_linear",
     "hash_attention",
     "hash_codes",
     "info",
@@ -42,9 +52,12 @@ __all__ = [
     "linear_attention",
     "mlp",
     "modulate",
+    "moe_mlp",
+    "nested_mlp",
     "pack_linear",
     "qk_norm_rope",
     "rms_norm",
+    "route",
     "silu_attention",
     "token_roll",
     "token_roll_layer_norm",

@@ -62,10 +62,7 @@ def differentiable(outputs: Sequence[Any]) -> list[Tensor]:
 def cotangents(outputs: Sequence[Any]) -> list[Tensor]:
     """Fixed random gradients for the floating tensor outputs."""
     generator = torch.Generator().manual_seed(7)
-    return [
-        torch.randn(o.shape, generator=generator).to(device=o.device, dtype=o.dtype)
-        for o in differentiable(outputs)
-    ]
+    return [torch.randn(o.shape, generator=generator).to(device=o.device, dtype=o.dtype) for o in differentiable(outputs)]
 
 
 def gradients(function: Callable[..., Any], call: Call, upstream: Sequence[Tensor] | None = None) -> list[Tensor | None]:

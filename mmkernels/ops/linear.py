@@ -23,7 +23,7 @@ WeightLike: TypeAlias = Tensor | PackedLinear
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------
-def _check_activation(activation: Any) -> int:
+def activation_code(activation: Any) -> int:
     if activation is not None and not isinstance(activation, str):
         raise TypeError(f"activation: expected a name or None, got {type(activation).__name__}")
     if activation not in _CODES:
@@ -242,7 +242,7 @@ def _no_gate(arguments: backends.Arguments) -> str | None:
     return "without w_gate there is nothing for it to fuse" if arguments["w_gate"] is None else None
 
 
-def _tier(*weights: str) -> Callable[[backends.Arguments], str | None]:
+def matrix_tier(*weights: str) -> Callable[[backends.Arguments], str | None]:
     """Matrix tiles multiply bfloat16, and int8 of packed weights; AVX512_BF16 bfloat16; other calls run vectors."""
 
     def tier(arguments: backends.Arguments) -> str | None:
@@ -256,12 +256,12 @@ def _tier(*weights: str) -> Callable[[backends.Arguments], str | None]:
 
 
 LINEAR_BACKENDS = (
-    backends.cpu(backends.VECTOR_TIERS, tier_of=_tier("weight")),
+    backends.cpu(backends.VECTOR_TIERS, tier_of=matrix_tier("weight")),
     backends.torch_cuda("a plain matrix product is best left to cuBLAS"),
     backends.REFERENCE,
 )
 MLP_BACKENDS = (
-    backends.cpu(backends.VECTOR_TIERS, tier_of=_tier("w_in")),
+    backends.cpu(backends.VECTOR_TIERS, tier_of=matrix_tier("w_in")),
     backends.triton(backends.HALF_AND_SINGLE, extra=_no_gate),
     backends.torch_cuda("plain matrix products are best left to cuBLAS"),
     backends.REFERENCE,
@@ -446,12 +446,12 @@ def linear(
     """
     given = weight
     weight, bias, packed = unpack(weight, bias, "weight", "bias")
-    code = _check_activation(activation)
+    code = activation_code(activation)
     late = None
     if isinstance(x, Tensor) and (dtype := autocast_dtype(x)) is not None:
         x, bias = cast(x, dtype), cast(bias, dtype)
         weight, packed = cast_weight(given, weight, packed, dtype)
-        residual, late = _cast_residual(residual, x)
+        residual, late = late_residual(residual, x)
     check_pack(given, packed, x, "weight")
     x, weight = _laid_out(x), _unit_stride(weight)
     if residual is not None:
@@ -513,14 +513,14 @@ def mlp(
     packed_gate = None
     if w_gate is not None:
         w_gate, b_gate, packed_gate = unpack(w_gate, b_gate, "w_gate", "b_gate")
-    code = _check_activation(activation)
+    code = activation_code(activation)
     late = None
     if isinstance(x, Tensor) and (dtype := autocast_dtype(x)) is not None:
         x, b_in, b_out, b_gate = (cast(tensor, dtype) for tensor in (x, b_in, b_out, b_gate))
         w_in, packed_in = cast_weight(given[0], w_in, packed_in, dtype)
         w_out, packed_out = cast_weight(given[1], w_out, packed_out, dtype)
         w_gate, packed_gate = cast_weight(given[2], w_gate, packed_gate, dtype)
-        residual, late = _cast_residual(residual, x)
+        residual, late = late_residual(residual, x)
     packs = (packed_in, packed_out, packed_gate)
     for packed, weight, name in zip(packs, given, ("w_in", "w_out", "w_gate"), strict=True):
         check_pack(weight, packed, x, name)
@@ -542,7 +542,7 @@ def mlp(
 
 
 # --- autocast ---------------------------------------------------------------------------------------------------------
-def _cast_residual(residual: Any, x: Tensor) -> tuple[Any, Tensor | None]:
+def late_residual(residual: Any, x: Tensor) -> tuple[Any, Tensor | None]:
     """(what the kernel adds, what is added after the call, by torch's rules of promotion)."""
     if isinstance(residual, Tensor) and residual.dtype != x.dtype:
         return None, residual
