@@ -1,17 +1,15 @@
-// Linear layers and MLPs on the CPU: checks, tensors, and which products are made; the products are core/gemm's.
-#include <cstddef>
-#include <cstring>
+// Linear layers and MLPs on the CPU: checks, tensors, and which products are made; the products are linear_products.h's.
 #include <tuple>
 #include <vector>
 
 #include "../common/arguments.h"
 #include "../common/matrix.h"
-#include "core/export.h"
-#include "core/gemm_call.h"
 #include "core/parallel.h"
 #include "core/parameter.h"
 #include "core/scratch.h"
 #include "core/trace.h"
+#include "linear_products.h"
+#include "linear_weights.h"
 
 namespace mmk {
 namespace {
@@ -20,133 +18,6 @@ Activation activation_of(std::int64_t code) {
   check(code >= 0 && code <= static_cast<std::int64_t>(Activation::silu), "activation", "expected 0 to 4, got ", code);
   return static_cast<Activation>(code);
 }
-
-// --- packed weights -----------------------------------------------------------------------------------------------------
-// The bytes of a packed weight: this, the panels from the next cache line on, and the scales of int8 at the end. Python
-// reads `version` (mmkernels/ops/packed_linear.py).
-struct PackedHeader {
-  std::uint64_t magic;
-  std::int32_t tier, number;
-  std::int64_t rows, cols;  // of the weight: N and K
-  std::uint64_t weight;     // the address that it was packed from
-  std::int64_t version;     // the weight's version counter then
-};
-constexpr std::uint64_t packed_magic = 0x316b6361704b4d4dULL;
-constexpr std::int64_t packed_offset = 64;
-static_assert(sizeof(PackedHeader) <= packed_offset && offsetof(PackedHeader, version) == 40);
-
-// Where the scales of int8 begin: after the panels.
-std::int64_t scales_offset(const GemmArithmetic& arithmetic, std::int64_t n, std::int64_t k) {
-  return packed_offset + packed_bytes(arithmetic, n, k);
-}
-
-GemmOperand weight_operand(const Tensor& weight, const char* name) {
-  check(weight.dim() == 2, name, "expected [N, K], got ", weight.dim(), " dimensions");
-  const auto number = static_cast<Number>(dtype_index(weight, name));
-  const void* data = weight.const_data_ptr();
-  const std::int64_t n = weight.size(0), k = weight.size(1);
-  if (k <= 1 || weight.stride(1) == 1 || n == 0) return {data, number, weight.stride(0), 1};
-  check(n == 1 || weight.stride(0) == 1, name, "one of its dimensions must be contiguous, got strides (", weight.stride(0), ", ",
-        weight.stride(1), ")");
-  return {data, number, 1, weight.stride(1)};
-}
-
-Tensor pack_linear(Tensor weight, std::int64_t number_code, std::int64_t version) {
-  const GemmOperand operand = weight_operand(weight, "weight");
-  check(number_code >= 0 && number_code <= static_cast<std::int64_t>(Number::int8), "dtype", "expected 0 to 4, got ", number_code);
-  const auto number = static_cast<Number>(number_code);
-  check(number == Number::int8 ? operand.number != Number::float64 : operand.number == number, "dtype",
-        "expected the dtype of weight, or int8 of one of at most 32 bits");
-  const GemmChoice how = choose_gemm(number);
-  const std::int64_t n = weight.size(0), k = weight.size(1);
-  const std::int64_t offset = scales_offset(*how.arithmetic, n, k);
-  const bool scaled = how.arithmetic->rescale != nullptr;
-  Tensor packed = new_tensor(weight, {offset + (scaled ? n * static_cast<std::int64_t>(sizeof(float)) : 0)}, aoti_torch_dtype_uint8());
-  char* bytes = static_cast<char*>(packed.mutable_data_ptr());
-  std::memset(bytes, 0, packed_offset);
-  const PackedHeader header{packed_magic, static_cast<std::int32_t>(how.isa), static_cast<std::int32_t>(number), n, k,
-                            reinterpret_cast<std::uint64_t>(operand.data), version};
-  std::memcpy(bytes, &header, sizeof header);
-  if (n > 0) {
-    pack_weights(*how.arithmetic, operand, n, k, bytes + packed_offset, scaled ? reinterpret_cast<float*>(bytes + offset) : nullptr);
-  }
-  return packed;
-}
-
-// --- operands of a call -------------------------------------------------------------------------------------------------
-// A weight [N, K] beside its packed form, which is used where it is still of this weight and of the tier in force.
-// `current`, where given, says for each packed weight of a call whether its version is the one that was packed.
-class Weight {
- public:
-  GemmWeights weights;
-  std::int64_t n = 0, k = 0;
-  GemmChoice how;
-
-  Weight(const Tensor& weight, const MaybeTensor& packed, const MaybeTensor& current, std::int64_t position, const char* name,
-         const Tensor& x, Number number)
-      : how(choose_gemm_unpacked(number)) {
-    weights.operand = weight_operand(weight, name);
-    n = weight.size(0);
-    k = weight.size(1);
-    check(on_one_device(weight, x), name, "expected the device of x");
-    if (!packed.has_value()) {
-      check(weights.operand.number == number, name, "expected the dtype of x");
-      return;
-    }
-    check(packed->dim() == 1 && packed->is_contiguous() && packed->scalar_type() == ScalarType::Byte &&
-              on_one_device(*packed, x) && packed->numel() >= packed_offset,
-          "packed", "expected what pack_linear made");
-    PackedHeader header;
-    std::memcpy(&header, packed->const_data_ptr(), sizeof header);
-    check(header.magic == packed_magic && header.rows == n && header.cols == k, "packed", "expected what pack_linear made of ", name);
-    const auto kept = static_cast<Number>(header.number);
-    check(kept == Number::int8 ? number != Number::float64 : kept == number, name, "was packed for another dtype than that of x");
-    const GemmChoice packed_how = choose_gemm(kept);
-    bool fresh = header.tier == static_cast<std::int32_t>(packed_how.isa) &&
-                 header.weight == reinterpret_cast<std::uint64_t>(weights.operand.data);
-    if (current.has_value()) {
-      check(current->scalar_type() == ScalarType::Bool && current->is_contiguous() && current->numel() > position &&
-                on_one_device(*current, x),
-            "current", "expected what check_packs answered");
-      fresh = fresh && static_cast<const bool*>(current->const_data_ptr())[position];
-    }
-    if (!fresh && kept != Number::int8) return;
-    how = packed_how;
-    if (!fresh) again_ = pack_linear(weight, header.number, header.version);
-    use(fresh ? *packed : *again_, kept);
-  }
-
-  // Both of a gated product are packed in one way or in none.
-  void agree_with(Weight& other, Number number) {
-    if (how.arithmetic == other.how.arithmetic && (weights.panels == nullptr) == (other.weights.panels == nullptr)) return;
-    check(weights.operand.number == number && other.weights.operand.number == number, "w_gate", "expected to be packed as w_in is");
-    for (Weight* weight : {this, &other}) {
-      weight->weights.panels = nullptr;
-      weight->weights.scales = nullptr;
-      weight->how = choose_gemm_unpacked(number);
-    }
-  }
-
-  // Panels of one's own, for a call that reads the weight more than once.
-  void pack_for_this_call(const Tensor& like) {
-    if (weights.panels != nullptr) return;
-    again_ = new_tensor(like, {packed_bytes(*how.arithmetic, n, k)}, aoti_torch_dtype_uint8());
-    pack_weights(*how.arithmetic, weights.operand, n, k, again_->mutable_data_ptr(), nullptr);
-    weights.panels = again_->const_data_ptr();
-  }
-
- private:
-  void use(const Tensor& packed, Number kept) {
-    const std::int64_t offset = scales_offset(*how.arithmetic, n, k);
-    const bool scaled = kept == Number::int8;
-    check(packed.numel() >= offset + (scaled ? n * static_cast<std::int64_t>(sizeof(float)) : 0), "packed", "is too short");
-    const char* bytes = static_cast<const char*>(packed.const_data_ptr());
-    weights.panels = bytes + packed_offset;
-    weights.scales = scaled ? reinterpret_cast<const float*>(bytes + offset) : nullptr;
-  }
-
-  MaybeTensor again_;
-};
 
 // [..., cols] with the leading dimensions of x.
 Tensor new_rows(const Tensor& x, std::int64_t cols) {
@@ -171,18 +42,6 @@ struct Residual {
   }
 };
 
-GemmCall call_of(const GemmChoice& how, Number number, std::int64_t rows, std::int64_t cols, std::int64_t depth) {
-  GemmCall call;
-  call.kernels = how.kernels;
-  call.arithmetic = how.arithmetic;
-  call.number = number;
-  call.rows = rows;
-  call.cols = cols;
-  call.depth = depth;
-  call.out_stride = cols;
-  return call;
-}
-
 std::tuple<Tensor, Tensor> linear(Tensor x, Tensor weight, MaybeTensor packed, MaybeTensor current, MaybeTensor bias, MaybeTensor residual,
                  std::int64_t activation, bool need_pre) {
   const Rows rows(x, "x");
@@ -197,7 +56,7 @@ std::tuple<Tensor, Tensor> linear(Tensor x, Tensor weight, MaybeTensor packed, M
   Tensor pre = need_pre ? new_rows(x, w.n) : new_tensor(x, {0}, dtype_of(x));
   trace("linear", w.how.name);
   call.a = {x.const_data_ptr(), number, rows.stride, 1};
-  call.up = w.weights;
+  call.up = w.of();
   call.bias = biases.data();
   call.residual = added.data;
   call.residual_stride = added.stride;
@@ -207,34 +66,7 @@ std::tuple<Tensor, Tensor> linear(Tensor x, Tensor weight, MaybeTensor packed, M
   return {out, pre};
 }
 
-// --- gradients of one product ---------------------------------------------------------------------------------------------
-// A matrix that a gradient is made of: elements of one type, rows `stride` apart.
-struct Matrix {
-  const void* data;
-  std::int64_t rows, cols, stride;
-};
-
-// grad_x [rows, K] = grad [rows, N] W [N, K], added to what is there where `add` is set.
-void grad_of_input(const GemmChoice& how, Number number, const Matrix& grad, const GemmOperand& weight, std::int64_t k,
-                   void* grad_x, bool add) {
-  GemmCall call = call_of(how, number, grad.rows, k, grad.cols);
-  call.a = {grad.data, number, grad.stride, 1};
-  call.up.operand = {weight.data, number, weight.depth_stride, weight.stride};
-  call.out = grad_x;
-  call.residual = add ? grad_x : nullptr;
-  call.residual_stride = k;
-  gemm(call);
-}
-
-// grad_weight [N, K] = grad^T [N, rows] x [rows, K].
-void grad_of_weight(const GemmChoice& how, Number number, const Matrix& grad, const Matrix& x, void* grad_weight) {
-  GemmCall call = call_of(how, number, grad.cols, x.cols, grad.rows);
-  call.a = {grad.data, number, 1, grad.stride};
-  call.up.operand = {x.data, number, 1, x.stride};
-  call.out = grad_weight;
-  gemm(call);
-}
-
+// --- gradients of a layer ---------------------------------------------------------------------------------------------
 // The sum of a gradient's rows, in the dtype of the bias: partial sums over runs of rows cut by their number alone.
 Tensor grad_of_bias(const GemmChoice& how, Number number, const Matrix& grad, const Tensor& x, bool needed, const MaybeTensor& bias) {
   Tensor out = new_tensor(x, {needed ? grad.cols : 0}, bias.has_value() ? dtype_of(*bias) : dtype_of(x));
@@ -246,7 +78,7 @@ Tensor grad_of_bias(const GemmChoice& how, Number number, const Matrix& grad, co
     for (std::int64_t chunk = begin; chunk < end; ++chunk)
       how.kernels->column_sums[static_cast<int>(number)](grad.data, grad.stride, grad.rows * chunk / chunks,
                                                          grad.rows * (chunk + 1) / chunks, grad.cols,
-                                                         partial + chunk * grad.cols * size);
+                                                         nullptr, partial + chunk * grad.cols * size);
   });
   reduce_chunks(partial, chunks, grad.cols, out);
   return out;
@@ -278,7 +110,7 @@ Gradients linear_backward(Tensor grad, Tensor x, Tensor weight, MaybeTensor pre,
   if (activation != Activation::none) {
     before = new_tensor(x, {rows.rows, w.n}, dtype_of(x));
     const ActivationGradient call{grad.const_data_ptr(), pre->const_data_ptr(), nullptr, before->mutable_data_ptr(), nullptr,
-                                  nullptr, w.n, w.n, activation};
+                                  nullptr, nullptr, nullptr, w.n, w.n, activation};
     parallel_for(rows.rows, w.n, [&](std::int64_t begin, std::int64_t end) {
       w.how.kernels->activation_gradient[static_cast<int>(number)](call, begin, end);
     });
@@ -286,7 +118,7 @@ Gradients linear_backward(Tensor grad, Tensor x, Tensor weight, MaybeTensor pre,
   }
   Tensor grad_x = need_x ? new_rows(x, w.k) : new_tensor(x, {0}, dtype_of(x));
   Tensor grad_weight = need_weight ? new_tensor(x, {w.n, w.k}, dtype_of(x)) : new_tensor(x, {0}, dtype_of(x));
-  if (need_x) grad_of_input(w.how, number, upstream, w.weights.operand, w.k, grad_x.mutable_data_ptr(), false);
+  if (need_x) gemm(grad_of_input(w.how, number, upstream, w.of().operand, w.k, grad_x.mutable_data_ptr()));
   if (need_weight) {
     grad_of_weight(w.how, number, upstream, {x.const_data_ptr(), rows.rows, w.k, rows.stride}, grad_weight.mutable_data_ptr());
   }
@@ -312,8 +144,6 @@ struct MlpWeights {
   }
 };
 
-// Groups of rows go through both products one after the other, so that a group's hidden activations are used while they
-// are in the cache; no tensor of them is made.
 std::tuple<Tensor, Tensor, Tensor> mlp(Tensor x, Tensor w_in, Tensor w_out, MaybeTensor w_gate, MaybeTensor b_in, MaybeTensor b_out,
                                        MaybeTensor b_gate, MaybeTensor packed_in, MaybeTensor packed_out, MaybeTensor packed_gate,
                                        MaybeTensor current, MaybeTensor residual, std::int64_t activation_code, bool need_pre) {
@@ -330,60 +160,13 @@ std::tuple<Tensor, Tensor, Tensor> mlp(Tensor x, Tensor w_in, Tensor w_out, Mayb
   Tensor pre = need_pre ? new_rows(x, hidden) : new_tensor(x, {0}, dtype_of(x));
   Tensor pre_gate = need_pre && gated ? new_rows(x, hidden) : new_tensor(x, {0}, dtype_of(x));
   trace("mlp", w.in.how.name);
-  if (rows.rows == 0) return {out, pre, pre_gate};
-
-  const std::int64_t most = std::min(rows_at_once(*w.in.how.arithmetic, rows.cols), rows_at_once(*w.out.how.arithmetic, hidden));
-  const std::int64_t groups = ceil_div(rows.rows, most);
-  if (groups > 1) {
-    w.in.pack_for_this_call(x);
-    w.out.pack_for_this_call(x);
-    if (gated) w.gate->pack_for_this_call(x);
-  }
-  const auto size = static_cast<std::int64_t>(x.element_size());
-  const auto at = [&](const void* base, std::int64_t row, std::int64_t stride) {
-    return base == nullptr ? nullptr : const_cast<char*>(static_cast<const char*>(base)) + row * stride * size;
-  };
-  // The hidden activations of a block go straight into the panels of the second product where they can.
-  const bool direct = hidden > 0 && feeds(*w.in.how.arithmetic, *w.out.how.arithmetic);
-  // Cut at whole panels, so that no group computes part of one twice.
-  const std::int64_t panel = w.in.how.arithmetic->panel_rows;
-  const std::int64_t panels = ceil_div(rows.rows, panel);
-  for (std::int64_t group = 0; group < groups; ++group) {
-    const std::int64_t begin = panels * group / groups * panel;
-    const std::int64_t count = std::min(panels * (group + 1) / groups * panel, rows.rows) - begin;
-    const std::int64_t count_panels = ceil_div(count, panel);
-    char* between = scratch_of<char>(
-        ScratchUse::hidden, direct ? count_panels * w.out.how.arithmetic->a_panel_bytes(hidden) : count * hidden * size);
-    GemmCall first = call_of(w.in.how, number, count, hidden, rows.cols);
-    first.a = {at(x.const_data_ptr(), begin, rows.stride), number, rows.stride, 1};
-    first.up = w.in.weights;
-    first.bias = bias_in.data();
-    first.gated = gated;
-    if (gated) first.gate = w.gate->weights;
-    first.bias_gate = bias_gate.data();
-    first.activation = activation;
-    if (direct) {
-      first.out_panels = between;
-      first.out_arithmetic = w.out.how.arithmetic;
-    } else {
-      first.out = between;
-    }
-    first.pre = need_pre ? at(pre.const_data_ptr(), begin, hidden) : nullptr;
-    first.pre_gate = need_pre && gated ? at(pre_gate.const_data_ptr(), begin, hidden) : nullptr;
-    gemm(first);
-    GemmCall second = call_of(w.out.how, number, count, cols, hidden);
-    if (direct) {
-      second.a_panels = between;
-    } else {
-      second.a = {between, number, hidden, 1};
-    }
-    second.up = w.out.weights;
-    second.bias = bias_out.data();
-    second.residual = at(added.data, begin, added.stride);
-    second.residual_stride = added.stride;
-    second.out = at(out.const_data_ptr(), begin, cols);
-    gemm(second);
-  }
+  const FeedForward layer{&w.in.how,      &w.out.how,    w.in.of(),  gated ? w.gate->of() : GemmWeights{},
+                          w.out.of(),     gated,         bias_in.data(), bias_gate.data(),
+                          bias_out.data(), activation,   rows.cols,  hidden,
+                          cols,           number};
+  feed_forward(layer, {rows.rows, x.const_data_ptr(), rows.stride, nullptr, need_pre ? pre.mutable_data_ptr() : nullptr,
+                       need_pre && gated ? pre_gate.mutable_data_ptr() : nullptr, number, out.mutable_data_ptr(), cols, nullptr,
+                       nullptr, added.data, added.stride});
   return {out, pre, pre_gate};
 }
 
@@ -427,13 +210,15 @@ MlpGradients mlp_backward(Tensor grad, Tensor x, Tensor w_in, Tensor w_out, Mayb
   std::optional<Tensor> before_gate, again;
   if (gated) before_gate = new_tensor(x, {rows.rows, hidden}, dtype_of(x));
   if (need(MlpNeed::w_out)) again = new_tensor(x, {rows.rows, hidden}, dtype_of(x));
-  grad_of_input(how, number, upstream, w.out.weights.operand, hidden, of_hidden.mutable_data_ptr(), false);
+  gemm(grad_of_input(how, number, upstream, w.out.of().operand, hidden, of_hidden.mutable_data_ptr()));
   const ActivationGradient call{of_hidden.const_data_ptr(),
                                 gated ? pre_gate.const_data_ptr() : pre.const_data_ptr(),
                                 gated ? pre.const_data_ptr() : nullptr,
                                 gated ? before_gate->mutable_data_ptr() : before.mutable_data_ptr(),
                                 gated ? before.mutable_data_ptr() : nullptr,
                                 again.has_value() ? again->mutable_data_ptr() : nullptr,
+                                nullptr,
+                                nullptr,
                                 hidden,
                                 hidden,
                                 activation};
@@ -448,8 +233,13 @@ MlpGradients mlp_backward(Tensor grad, Tensor x, Tensor w_in, Tensor w_out, Mayb
   if (need(MlpNeed::w_in)) grad_of_weight(how, number, of_up, input, grad_w_in.mutable_data_ptr());
   if (gated && need(MlpNeed::w_gate)) grad_of_weight(how, number, of_gate, input, grad_w_gate.mutable_data_ptr());
   if (need(MlpNeed::x)) {
-    grad_of_input(how, number, of_up, w.in.weights.operand, rows.cols, grad_x.mutable_data_ptr(), false);
-    if (gated) grad_of_input(how, number, of_gate, w.gate->weights.operand, rows.cols, grad_x.mutable_data_ptr(), true);
+    gemm(grad_of_input(how, number, of_up, w.in.of().operand, rows.cols, grad_x.mutable_data_ptr()));
+    if (gated) {
+      GemmCall beside = grad_of_input(how, number, of_gate, w.gate->of().operand, rows.cols, grad_x.mutable_data_ptr());
+      beside.residual = beside.out;
+      beside.residual_stride = rows.cols;
+      gemm(beside);
+    }
   }
   return {grad_x,
           grad_w_in,

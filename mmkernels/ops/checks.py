@@ -83,6 +83,18 @@ def check_parameter(value: Any, name: str, size: int, beside: Tensor, beside_nam
         raise ValueError(f"{name}: expected shape ({size},), got {tuple(value.shape)}")
 
 
+def check_biases(value: Any, name: str, shape: tuple[Any, Any], beside: Tensor, beside_name: str) -> None:
+    """None, or vectors of `shape` [E, N] on `beside`'s device, in its dtype or (beside half precision) in float32."""
+    if value is None:
+        return
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor {tuple(shape)} or None, got {type(value).__name__}")
+    _check_layout(value, name)
+    check_beside(value, name, beside, beside_name)
+    if tuple(value.shape) != tuple(shape):
+        raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(value.shape)}")
+
+
 def check_beside(value: Tensor, name: str, beside: Tensor, beside_name: str) -> None:
     """A tensor on `beside`'s device, in its dtype or (beside half precision) in float32."""
     if value.device != beside.device:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from mmkernels.ops import backends
-from mmkernels.ops.checks import check_beside, check_gradient, check_int, check_matrix, check_tokens
+from mmkernels.ops.checks import check_biases, check_gradient, check_int, check_matrix, check_tokens
 from mmkernels.ops.entry import (
     autocast_dtype,
     define,
@@ -59,16 +59,6 @@ def _check_experts(weight: Any, name: str, sizes: tuple[Any, Any, Any], x: Tenso
         raise ValueError(f"{name}: expected shape ({wanted}), got {tuple(weight.shape)}")
 
 
-def _check_biases(value: Any, name: str, shape: tuple[Any, Any], x: Tensor) -> None:
-    if value is None:
-        return
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a tensor {shape} or None, got {type(value).__name__}")
-    check_beside(value, name, x, "x")
-    if tuple(value.shape) != tuple(shape):
-        raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(value.shape)}")
-
-
 def _check_moe(
     x: Any,
     expert_ids: Any,
@@ -107,9 +97,9 @@ def _check_moe(
         _check_experts(w_gate, "w_gate", (experts, hidden, x.shape[1]), x, packed_gate)
     elif b_gate is not None:
         raise ValueError("b_gate: expected None where there is no w_gate")
-    _check_biases(b_in, "b_in", (experts, hidden), x)
-    _check_biases(b_out, "b_out", (experts, w_out.shape[1]), x)
-    _check_biases(b_gate, "b_gate", (experts, hidden), x)
+    check_biases(b_in, "b_in", (experts, hidden), x, "x")
+    check_biases(b_out, "b_out", (experts, w_out.shape[1]), x, "x")
+    check_biases(b_gate, "b_gate", (experts, hidden), x, "x")
     if residual is not None:
         if not isinstance(residual, Tensor):
             raise TypeError(f"residual: expected a tensor or None, got {type(residual).__name__}")
@@ -151,7 +141,7 @@ def _check_grouped(x: Any, group_ids: Any, weight: Any, packed: Tensor | None, c
     if group_ids.shape[0] != x.shape[0]:
         raise ValueError(f"group_ids: expected one for each of the {x.shape[0]} tokens, got {tuple(group_ids.shape)}")
     _check_experts(weight, "weight", (None, None, x.shape[1]), x, packed)
-    _check_biases(bias, "bias", tuple(weight.shape[:2]), x)
+    check_biases(bias, "bias", tuple(weight.shape[:2]), x, "x")
 
 
 def _check_grouped_backward(grad: Any, x: Any, group_ids: Any, weight: Any, bias: Any, *_: Any) -> None:
@@ -352,7 +342,7 @@ def dispatch(expert_ids: Tensor, num_experts: int) -> Dispatch:
         TypeError, ValueError: expert_ids of another dtype, rank or range.
     """
     try:
-        return Dispatch(*_call_order(False, expert_ids, num_experts))
+        return Dispatch(*_call_order(False, _dense(expert_ids), num_experts))
     except Exception:
         _check_order(expert_ids, num_experts)
         raise
@@ -399,6 +389,10 @@ def _rows(x: Any) -> Any:
         return x
     rows = x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x
     return rows if rows.stride(1) == 1 or rows.shape[1] <= 1 else rows.contiguous()
+
+
+def _dense(value: Any) -> Any:
+    return value.contiguous() if isinstance(value, Tensor) and value.layout == torch.strided else value
 
 
 def _matrices(weight: Any) -> Any:
@@ -496,14 +490,14 @@ def moe_mlp(
     leading = x.shape[:-1]
     arguments = (
         _rows(x),
-        routing.expert_ids,
-        routing.weights.to(stats_dtype(x)),
+        _dense(routing.expert_ids),
+        _dense(routing.weights.to(stats_dtype(x))),
         w_in,
         w_out,
         w_gate,
-        b_in,
-        b_out,
-        b_gate,
+        _dense(b_in),
+        _dense(b_out),
+        _dense(b_gate),
         *packs,
     )
     if residual is not None:
@@ -555,7 +549,7 @@ def grouped_linear(x: Tensor, group_ids: Tensor, weight: WeightLike, bias: Tenso
     leading = x.shape[:-1]
     if isinstance(group_ids, Tensor) and group_ids.shape == leading:
         group_ids = group_ids.reshape(-1)
-    rows = _rows(x)
+    rows, group_ids, bias = _rows(x), _dense(group_ids), _dense(bias)
     if is_compiling():
         _check_grouped(rows, group_ids, weight, packed, None, bias)
     try:

@@ -14,7 +14,7 @@ from torch.compiler import is_compiling
 from torch.utils import _pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
-from mmkernels.ops.checks import check_matrix, check_parameter
+from mmkernels.ops.checks import check_biases, check_matrix, check_parameter, check_tokens
 from mmkernels.ops.entry import define, translated
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -61,12 +61,14 @@ torch.library.impl("mmkernels::check_packs", "CPU", _check_packs)
 
 
 class PackedLinear:
-    """A linear layer's weight [N, K] and bias [N], packed for the matrix kernels of this processor.
+    """A linear layer's weight [N, K] and bias [N], packed for the matrix kernels of this processor; or those of experts,
+    [E, N, K] and [E, N].
 
-    Made by :func:`mmkernels.pack_linear`; taken by :func:`mmkernels.linear` and :func:`mmkernels.mlp` in place of the
-    weight. It refers to the weight that it was made of and follows it: every call looks whether the weight was written to
-    since (its version counter), or given other memory (an assigned ``.data``), and packs again where it was. Writes that
-    torch does not count (into ``.data`` or a NumPy view) need :meth:`repack`. Gradients go to the weight itself.
+    Made by :func:`mmkernels.pack_linear`; taken by :func:`mmkernels.linear` and :func:`mmkernels.mlp` (of experts by
+    :func:`mmkernels.moe_mlp` and :func:`mmkernels.grouped_linear`) in place of the weight. It refers to the weight that it
+    was made of and follows it: every call looks whether the weight was written to since (its version counter), or given
+    other memory (an assigned ``.data``), and packs again where it was. Writes that torch does not count (into ``.data`` or a
+    NumPy view) need :meth:`repack`. Gradients go to the weight itself.
 
     Copies (copy.deepcopy, pickle, torch.save) hold the plain weight and pack it anew on the machine where they are used.
 
@@ -87,11 +89,11 @@ class PackedLinear:
 
     @property
     def out_features(self) -> int:
-        return self.weight.size(0)
+        return self.weight.size(-2)
 
     @property
     def in_features(self) -> int:
-        return self.weight.size(1)
+        return self.weight.size(-1)
 
     def is_current(self) -> bool:
         """Whether the packed bytes are of the weight as it is now, as far as torch can tell."""
@@ -109,7 +111,7 @@ class PackedLinear:
         with _outside_transforms():
             version, source = _version_of(self.weight), self.weight.detach()
             panels = None  # other devices multiply by torch's own kernels, and strides that need a copy are not followed
-            if source.device.type == "cpu" and 1 in source.stride():
+            if source.device.type == "cpu" and 1 in source.stride()[-2:]:
                 try:
                     panels = _pack_op(source, _NUMBERS[self.dtype], version)
                 except RuntimeError as error:
@@ -169,8 +171,8 @@ def pack_linear(weight: Tensor, bias: Tensor | None = None, *, dtype: torch.dtyp
     """Packs a linear layer's weight once, for :func:`linear` and :func:`mlp` to use many times.
 
     Args:
-        weight: [N, K], as nn.Linear keeps it; float32, bfloat16, float16 or float64.
-        bias: [N] or None; in the weight's dtype, or float32 beside half precision.
+        weight: [N, K], as nn.Linear keeps it, or one for each expert, [E, N, K]; float32, bfloat16, float16 or float64.
+        bias: [N], or [E, N], or None; in the weight's dtype, or float32 beside half precision.
         dtype: the dtype that x will have: by default the weight's own, in which case the handle follows the weight; another
             one makes a converted copy of the weight, which nothing changes. torch.int8 quantises each output channel to
             integers times a scale (largest magnitude / 127): x may then be float32, bfloat16 or float16, and is quantised
@@ -186,8 +188,12 @@ def pack_linear(weight: Tensor, bias: Tensor | None = None, *, dtype: torch.dtyp
     Source: prepacking as in every matrix library; int8 with dynamic rows as in "LLM.int8(): 8-bit Matrix Multiplication for
     Transformers at Scale" (2022), without its outliers.
     """
-    check_matrix(weight, "weight", "[N, K]", DTYPES)
-    check_parameter(bias, "bias", weight.size(0), weight, "weight")
+    if isinstance(weight, Tensor) and weight.dim() == 3:
+        check_tokens(weight, "weight", "[E, N, K]", DTYPES)
+        check_biases(bias, "bias", tuple(weight.shape[:2]), weight, "weight")
+    else:
+        check_matrix(weight, "weight", "[N, K]", DTYPES)
+        check_parameter(bias, "bias", weight.size(0), weight, "weight")
     if dtype is None:
         dtype = weight.dtype
     if dtype not in _NUMBERS:
@@ -197,7 +203,7 @@ def pack_linear(weight: Tensor, bias: Tensor | None = None, *, dtype: torch.dtyp
     if dtype not in (torch.int8, weight.dtype):
         weight = weight.detach().to(dtype)
         bias = bias if bias is None or (bias.dtype == torch.float32 and dtype != torch.float64) else bias.detach().to(dtype)
-    if 1 not in weight.stride():
+    if 1 not in weight.stride()[-2:]:
         weight = weight.detach().contiguous()
     if weight.is_inference():  # its writes are not counted, so it keeps a copy that nobody writes to
         with torch.inference_mode(False):

@@ -24,8 +24,6 @@ MAX_EXPERTS = 4096  # a row of scores lies in a core's own cache
 # --- checks -----------------------------------------------------------------------------------------------------------
 def _check_logits(logits: Any) -> None:
     check_matrix(logits, "logits", "[T, E]", DTYPES)
-    if logits.stride(1) != 1 and logits.size(1) > 1 and logits.numel() > 0:
-        raise ValueError(f"logits: the last dimension must be contiguous, got strides {logits.stride()}")
     if not 1 <= logits.size(1) <= MAX_EXPERTS:
         raise ValueError(f"logits: expected 1 to {MAX_EXPERTS} experts, got shape {tuple(logits.shape)}")
 
@@ -340,8 +338,10 @@ def route(
         logits = clean + noise * noise_std
     if capacity is None and capacity_factor is not None:
         capacity = reference.capacity_of(tokens, slots, experts, capacity_factor)
+    if isinstance(selection, Tensor) and selection.dim() > 0 and selection.stride(-1) != 1:
+        selection = selection.contiguous()
     arguments = (
-        logits,
+        logits if logits.stride(1) == 1 else logits.contiguous(),
         selection,
         slots,
         reference.SCORES.index("sigmoid" if kind == "sigmoid_topk" else "softmax"),
@@ -374,7 +374,7 @@ def _expert_choice(
     if capacity is None:
         factor = 1.0 if capacity_factor is None else capacity_factor
         capacity = reference.capacity_of(group, 1, experts, factor, rounded=True)
-    arguments = (logits, slots, min(capacity, group), group)
+    arguments = (logits if logits.stride(1) == 1 else logits.contiguous(), slots, min(capacity, group), group)
     if is_compiling():
         _check_choice(*arguments)
     try:

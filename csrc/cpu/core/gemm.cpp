@@ -3,6 +3,8 @@
 #include "gemm_call.h"
 
 #include <algorithm>
+#include <cstring>
+#include <type_traits>
 
 #include "parallel.h"
 #include "scratch.h"
@@ -51,7 +53,7 @@ class Product {
         // Accumulators that are the result already, but for columns beside whole panels; gradients of weights are such.
         writes_sums_(how_.rows_exact && bytes_of(call.number) == static_cast<std::size_t>(how_.accumulator_bytes) && !call.gated &&
                      call.out_panels == nullptr && call.bias == nullptr && call.activation == Activation::none &&
-                     call.residual == nullptr && call.pre == nullptr),
+                     call.residual == nullptr && call.pre == nullptr && call.row_weights == nullptr && call.out_rows == nullptr),
         row_scales_(how_.rescale == nullptr ? nullptr : scratch_of<float>(ScratchUse::gemm_scales, call.rows)) {}
 
   void run() {
@@ -161,11 +163,24 @@ class Product {
   void pack_rows(const Rows& rows, std::int64_t begin, std::int64_t end) const {
     if (call_.a_panels != nullptr) return;
     const GemmOperand& source = call_.a;
-    const std::int64_t row = begin * how_.panel_rows, count = std::min(end * how_.panel_rows, call_.rows) - row;
-    char* to = const_cast<char*>(rows.panels) + (begin - rows.first_panel) * rows.bytes;
-    float* scales = row_scales_ == nullptr ? nullptr : row_scales_ + row;
-    how_.pack_a[static_cast<int>(source.number)](
-        {part_of(source, row, depth_begin_), count, depth_, to, rows.bytes, scales, false});
+    const auto pack = how_.pack_a[static_cast<int>(source.number)];
+    // Gathered rows are copied a panel at a time, which the packing then finds in a core's own cache.
+    const std::int64_t step = call_.a_rows == nullptr ? end - begin : 1;
+    for (std::int64_t panel = begin; panel < end; panel += step) {
+      const std::int64_t row = panel * how_.panel_rows, count = std::min((panel + step) * how_.panel_rows, call_.rows) - row;
+      char* to = const_cast<char*>(rows.panels) + (panel - rows.first_panel) * rows.bytes;
+      float* scales = row_scales_ == nullptr ? nullptr : row_scales_ + row;
+      pack({call_.a_rows == nullptr ? part_of(source, row, depth_begin_) : gathered(row, count), count, depth_, to, rows.bytes,
+            scales, false});
+    }
+  }
+
+  GemmOperand gathered(std::int64_t row, std::int64_t count) const {
+    const std::int64_t bytes = depth_ * static_cast<std::int64_t>(bytes_of(call_.a.number));
+    char* to = scratch_of<char>(ScratchUse::gemm_gathered, count * bytes);
+    for (std::int64_t i = 0; i < count; ++i)
+      std::memcpy(to + i * bytes, part_of(call_.a, call_.a_rows[row + i], depth_begin_).data, bytes);
+    return {to, call_.a.number, depth_, 1};
   }
 
   // Many rows: a task packs a block of them for itself and goes through all columns with it, so that no thread waits for
@@ -264,6 +279,12 @@ class Product {
   void finish(char* up, char* gate, std::int64_t stride, std::int64_t row, std::int64_t rows, std::int64_t col,
               std::int64_t cols) const {
     const auto size = static_cast<std::int64_t>(bytes_of(call_.number));
+    const std::int64_t* out_rows = call_.out_rows == nullptr ? nullptr : call_.out_rows + row;
+    // The first row and column of a block in a matrix whose rows the block's are one after the other, or scattered.
+    const auto scattered = [&](auto* base, std::int64_t base_stride) {
+      using Byte = std::conditional_t<std::is_const_v<std::remove_pointer_t<decltype(base)>>, const char, char>;
+      return base == nullptr ? nullptr : static_cast<Byte*>(base) + ((out_rows == nullptr ? row * base_stride : 0) + col) * size;
+    };
     const auto at = [&](auto* base, std::int64_t base_stride) {
       using Byte = std::conditional_t<std::is_const_v<std::remove_pointer_t<decltype(base)>>, const char, char>;
       return base == nullptr ? nullptr : static_cast<Byte*>(base) + (row * base_stride + col) * size;
@@ -273,8 +294,9 @@ class Product {
     };
     call_.kernels->epilogue[static_cast<int>(call_.number)](
         {up, gate, stride, rows, cols, bias(call_.bias), bias(call_.bias_gate), call_.activation,
-         at(call_.residual, call_.residual_stride), call_.residual_stride, at(call_.out, call_.out_stride), call_.out_stride,
-         at(call_.pre, call_.cols), at(call_.pre_gate, call_.cols), call_.cols});
+         call_.row_weights == nullptr ? nullptr : static_cast<const char*>(call_.row_weights) + row * how_.accumulator_bytes,
+         scattered(call_.residual, call_.residual_stride), call_.residual_stride, scattered(call_.out, call_.out_stride),
+         call_.out_stride, out_rows, at(call_.pre, call_.cols), at(call_.pre_gate, call_.cols), call_.cols});
     if (call_.out_panels == nullptr) return;
     // The next product's A: what the epilogue left in the accumulators, at these rows and, as its depth, these columns.
     const GemmArithmetic& next = *call_.out_arithmetic;

@@ -75,7 +75,7 @@ struct GemmArithmetic {
 };
 
 // What becomes of a block of accumulators: with two products v = gate, up, else v = up:
-//   pre = v + bias ;  out = activation(pre) [* (up + bias_up) where there is a gate] + residual
+//   pre = v + bias ;  out = activation(pre) [* (up + bias_up) where there is a gate] * row weight + residual
 struct GemmEpilogue {
   void* up;        // accumulators
   void* gate;      // accumulators, or null
@@ -84,10 +84,12 @@ struct GemmEpilogue {
   const void* bias;       // [cols] accumulators, or null
   const void* bias_gate;  // the same of the gate
   Activation activation;
-  const void* residual;  // elements of the output's type, or null
+  const void* row_weights;  // [rows] accumulators that the result is multiplied by before the residual, or null
+  const void* residual;     // elements of the output's type, or null
   int64_t residual_stride;
   void* out;  // null: the result stays in `up`, as accumulators
   int64_t out_stride;
+  const int64_t* out_rows;  // [rows]: which rows of out and residual they are; null: one after the other
   void* pre;       // elements of the output's type, or null: up + bias
   void* pre_gate;  // the same of the gate
   int64_t pre_stride;
@@ -101,6 +103,8 @@ struct ActivationGradient {
   void* grad_pre;        // contiguous, [rows, cols]
   void* grad_up;         // contiguous, null where there is no gate
   void* hidden;          // contiguous, the activated output again; null: not wanted
+  const void* row_weights;  // accumulators, one a row, that all three results are multiplied by; null: none
+  void* row_dots;           // accumulators: <grad, activated output> of each row; null: not wanted
   int64_t grad_stride, cols;
   Activation activation;
 };
@@ -114,8 +118,10 @@ struct GemmKernels {
 
   void (*epilogue[float_numbers])(const GemmEpilogue&);
   void (*activation_gradient[float_numbers])(const ActivationGradient&, int64_t begin_row, int64_t end_row);
-  // sums[cols] = the sum of rows [begin, end) of a matrix, as accumulators, in the order of the rows.
-  void (*column_sums[float_numbers])(const void* from, int64_t stride, int64_t begin, int64_t end, int64_t cols, void* sums);
+  // sums[cols] = the sum of rows [begin, end) of a matrix, each times its weight (accumulators, or null), as accumulators, in
+  // the order of the rows.
+  void (*column_sums[float_numbers])(const void* from, int64_t stride, int64_t begin, int64_t end, int64_t cols,
+                                     const void* row_weights, void* sums);
 };
 
 MMK_TIERS(GemmKernels, gemm_kernels)

@@ -210,8 +210,10 @@ void epilogue_of(const GemmEpilogue& call) {
     const A* gate = call.gate == nullptr ? nullptr : static_cast<const A*>(call.gate) + row * call.stride;
     const A* bias = static_cast<const A*>(call.bias);
     const A* bias_gate = static_cast<const A*>(call.bias_gate);
-    const T* residual = call.residual == nullptr ? nullptr : static_cast<const T*>(call.residual) + row * call.residual_stride;
-    T* out = call.out == nullptr ? nullptr : static_cast<T*>(call.out) + row * call.out_stride;
+    const int64_t to = call.out_rows == nullptr ? row : call.out_rows[row];
+    const A* weight = call.row_weights == nullptr ? nullptr : static_cast<const A*>(call.row_weights) + row;
+    const T* residual = call.residual == nullptr ? nullptr : static_cast<const T*>(call.residual) + to * call.residual_stride;
+    T* out = call.out == nullptr ? nullptr : static_cast<T*>(call.out) + to * call.out_stride;
     T* pre = call.pre == nullptr ? nullptr : static_cast<T*>(call.pre) + row * call.pre_stride;
     T* pre_gate = call.pre_gate == nullptr ? nullptr : static_cast<T*>(call.pre_gate) + row * call.pre_stride;
     for_each_vector<A>(call.cols, [&](int64_t col, int64_t lanes) {
@@ -226,6 +228,7 @@ void epilogue_of(const GemmEpilogue& call) {
         if (pre_gate != nullptr) store_lanes<A>(pre_gate + col, of_gate, lanes);
         value = activate<activation, A>(of_gate) * value;
       }
+      if (weight != nullptr) value = value * V::set(*weight);
       if (residual != nullptr) value = value + load_lanes<A>(residual + col, lanes);
       if (out != nullptr) {
         store_lanes<A>(out + col, value, lanes);
@@ -272,19 +275,31 @@ void activation_gradient_of(const ActivationGradient& call, int64_t begin, int64
     T* grad_pre = static_cast<T*>(call.grad_pre) + at;
     T* grad_up = call.grad_up == nullptr ? nullptr : static_cast<T*>(call.grad_up) + at;
     T* hidden = call.hidden == nullptr ? nullptr : static_cast<T*>(call.hidden) + at;
+    const bool weighted = call.row_weights != nullptr;
+    const Register weight = V::set(weighted ? static_cast<const A*>(call.row_weights)[row] : A(1));
+    Register dot = V::zero();
     for_each_vector<A>(call.cols, [&](int64_t col, int64_t lanes) {
-      const Register upstream = load_lanes<A>(grad + col, lanes), x = load_lanes<A>(pre + col, lanes);
+      Register upstream = load_lanes<A>(grad + col, lanes);
+      const Register x = load_lanes<A>(pre + col, lanes);
       Register slope = activate_gradient<activation, A>(x);
-      if (up == nullptr) {
-        if (hidden != nullptr) store_lanes<A>(hidden + col, activate<activation, A>(x), lanes);
-      } else {
-        const Register value = activate<activation, A>(x), other = load_lanes<A>(up + col, lanes);
-        store_lanes<A>(grad_up + col, upstream * value, lanes);
-        if (hidden != nullptr) store_lanes<A>(hidden + col, value * other, lanes);
+      const bool wanted = hidden != nullptr || call.row_dots != nullptr;
+      Register value = up != nullptr || wanted ? activate<activation, A>(x) : x, activated = value;
+      if (up != nullptr) {
+        const Register other = load_lanes<A>(up + col, lanes);
+        activated = value * other;
         slope = slope * other;
       }
+      // Lanes beyond the row are zeros in both factors.
+      if (call.row_dots != nullptr) dot = V::fma(upstream, activated, dot);
+      if (weighted) {
+        upstream = upstream * weight;
+        activated = activated * weight;
+      }
+      if (up != nullptr) store_lanes<A>(grad_up + col, upstream * value, lanes);
+      if (hidden != nullptr) store_lanes<A>(hidden + col, activated, lanes);
       store_lanes<A>(grad_pre + col, upstream * slope, lanes);
     });
+    if (call.row_dots != nullptr) static_cast<A*>(call.row_dots)[row] = V::sum(dot);
   }
 }
 
@@ -294,14 +309,16 @@ void activation_gradient(const ActivationGradient& call, int64_t begin, int64_t 
 }
 
 template <class T>
-void column_sums(const void* from, int64_t stride, int64_t begin, int64_t end, int64_t cols, void* sums) {
+void column_sums(const void* from, int64_t stride, int64_t begin, int64_t end, int64_t cols, const void* row_weights, void* sums) {
   using A = accumulator_t<T>;
+  using V = Vec<A>;
   A* to = static_cast<A*>(sums);
   memset(to, 0, static_cast<size_t>(cols) * sizeof(A));
   for (int64_t row = begin; row < end; ++row) {
     const T* values = static_cast<const T*>(from) + row * stride;
+    const typename V::Register weight = V::set(row_weights == nullptr ? A(1) : static_cast<const A*>(row_weights)[row]);
     for_each_vector<A>(cols, [&](int64_t col, int64_t lanes) {
-      store_lanes<A>(to + col, load_lanes<A>(to + col, lanes) + load_lanes<A>(values + col, lanes), lanes);
+      store_lanes<A>(to + col, V::fma(load_lanes<A>(values + col, lanes), weight, load_lanes<A>(to + col, lanes)), lanes);
     });
   }
 }

@@ -13,12 +13,14 @@ struct GemmWeights {
   const float* scales = nullptr;  // of int8 panels, one a column
 };
 
-// out = activation(A B_gate + bias_gate) * (A B + bias) + residual with a gate, else activation(A B + bias) + residual.
+// out = activation(A B_gate + bias_gate) * (A B + bias) + residual with a gate, else activation(A B + bias) + residual. Rows
+// may be gathered from A and scattered to out, and have weights.
 struct GemmCall {
   const GemmKernels* kernels = nullptr;
   const GemmArithmetic* arithmetic = nullptr;
   std::int64_t rows = 0, cols = 0, depth = 0;
   GemmOperand a{};
+  const std::int64_t* a_rows = nullptr;  // which rows of `a`; null: one after the other
   const void* a_panels = nullptr;  // A in panels already, of the whole depth; then `a` is not read
   GemmWeights up, gate;
   bool gated = false;
@@ -26,10 +28,12 @@ struct GemmCall {
   const void* bias = nullptr;
   const void* bias_gate = nullptr;
   Activation activation = Activation::none;
+  const void* row_weights = nullptr;  // accumulators, times which a row is before the residual is added
   const void* residual = nullptr;
   std::int64_t residual_stride = 0;
   void* out = nullptr;
   std::int64_t out_stride = 0;
+  const std::int64_t* out_rows = nullptr;  // which rows of `out` and `residual`; null: one after the other
   // Instead of `out`: panels for a product by `out_arithmetic` whose A this one's result is; see feeds.
   void* out_panels = nullptr;
   const GemmArithmetic* out_arithmetic = nullptr;

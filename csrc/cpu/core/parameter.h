@@ -57,8 +57,9 @@ void reduce_chunks(const A* partial, std::int64_t chunks, std::int64_t channels,
   for (std::int64_t i = 0; i < channels; ++i) out[i] = static_cast<T>(sums[static_cast<std::size_t>(i)]);
 }
 
-inline void reduce_chunks(const void* partial, std::int64_t chunks, std::int64_t channels, const Tensor& to) {
-  void* out = to.mutable_data_ptr();
+// `first`: the element of `to` that they begin at.
+inline void reduce_chunks(const void* partial, std::int64_t chunks, std::int64_t channels, const Tensor& to, std::int64_t first = 0) {
+  void* out = static_cast<char*>(to.mutable_data_ptr()) + first * static_cast<std::int64_t>(to.element_size());
   switch (to.scalar_type()) {
     case ScalarType::Double:
       return reduce_chunks<double>(static_cast<const double*>(partial), chunks, channels, out);

@@ -15,7 +15,11 @@ enum class ScratchUse : int {
   gemm_accumulators,
   gemm_block,
   gemm_scales,
+  gemm_gathered,
   hidden,
+  feed_forward_weights,
+  experts,
+  expert_gradients,
   partial_sums,
   rows,
   attention,
@@ -23,7 +27,7 @@ enum class ScratchUse : int {
   hash_tables,
   hash_attention,
 };
-inline constexpr int scratch_uses = 12;
+inline constexpr int scratch_uses = 16;
 
 // At least `bytes` bytes, aligned to a cache line, with whatever was last written there. Belongs to the calling thread, and
 // is valid until its next call for the same use. Throws where there is no memory.
