@@ -49,6 +49,10 @@ struct Problem {
 
 std::int64_t* data_of(Tensor& tensor) { return static_cast<std::int64_t*>(tensor.mutable_data_ptr()); }
 
+void refuse_nan(std::int64_t row) {
+  if (row >= 0) check(false, "logits", "expected numbers, got a NaN for token ", row);
+}
+
 // f(begin, end, nan_row) over the tokens; an error where a row has a NaN in it.
 template <class F>
 void each_row(const Problem& problem, const F& f) {
@@ -58,7 +62,7 @@ void each_row(const Problem& problem, const F& f) {
     f(begin, end, &nan_row);
     if (nan_row >= 0) found.store(nan_row);
   });
-  if (const std::int64_t row = found.load(); row >= 0) check(false, "logits", "expected numbers, got a NaN for token ", row);
+  refuse_nan(found.load());
 }
 
 void count(const std::int64_t* ids, std::int64_t tokens, std::int64_t slots, std::int64_t experts, std::int64_t* counts) {
@@ -80,18 +84,37 @@ void drop_beyond(std::int64_t capacity, std::int64_t* ids, std::int64_t tokens, 
     }
 }
 
-// Weights, and the sums of runs of tokens, which are added in their order.
-void weigh(const Problem& problem, std::int64_t slots, bool normalize, const Tensor& ids, Tensor& weights, Tensor& sums) {
+// f(begin, end, sums) over runs of tokens cut by their number alone; the runs' sums are added in their order.
+template <class F>
+void each_chunk(const Problem& problem, Tensor& sums, const F& f) {
   const std::int64_t chunks = chunks_of(problem.tokens), length = 2 * problem.experts + 2;
   char* partial = scratch_of<char>(ScratchUse::partial_sums, chunks * length * problem.wide_bytes());
-  const RouteWeights call{problem.rows, slots, normalize, static_cast<const std::int64_t*>(ids.const_data_ptr()),
-                          weights.mutable_data_ptr()};
   parallel_for(chunks, problem.tokens / chunks * 8 * problem.experts, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t chunk = begin; chunk < end; ++chunk)
-      problem.tier.kernels->weigh[problem.dtype](call, problem.tokens * chunk / chunks, problem.tokens * (chunk + 1) / chunks,
-                                                 partial + chunk * length * problem.wide_bytes(), problem.row_scratch());
+      f(problem.tokens * chunk / chunks, problem.tokens * (chunk + 1) / chunks, partial + chunk * length * problem.wide_bytes());
   });
   reduce_chunks(partial, chunks, length, sums);
+}
+
+void weigh(const Problem& problem, std::int64_t slots, bool normalize, const Tensor& ids, Tensor& weights, Tensor& sums) {
+  const RouteWeights call{problem.rows, slots, normalize, static_cast<const std::int64_t*>(ids.const_data_ptr()),
+                          weights.mutable_data_ptr()};
+  each_chunk(problem, sums, [&](std::int64_t begin, std::int64_t end, void* partial) {
+    problem.tier.kernels->weigh[problem.dtype](call, begin, end, partial, problem.row_scratch());
+  });
+}
+
+// The plain kinds of routing, of float logits: lanes of tokens.
+void route_by_lanes(const Problem& problem, std::int64_t slots, bool normalize, Tensor& ids, Tensor& weights, Tensor& sums) {
+  const RouteLanes call{problem.rows, slots, normalize, data_of(ids), static_cast<float*>(weights.mutable_data_ptr())};
+  const auto kernel = routing_lanes_kernels_tiers.choose().kernels->route[problem.dtype];
+  std::atomic<std::int64_t> found{-1};
+  each_chunk(problem, sums, [&](std::int64_t begin, std::int64_t end, void* partial) {
+    std::int64_t nan_row = -1;
+    kernel(call, begin, end, partial, scratch_of<float>(ScratchUse::rows, 3 * route_width * problem.experts), &nan_row);
+    if (nan_row >= 0) found.store(nan_row);
+  });
+  refuse_nan(found.load());
 }
 
 Results results_of(const Problem& problem, std::int64_t slots) {
@@ -126,6 +149,12 @@ Results route(Tensor logits, MaybeTensor selection, std::int64_t top_k, std::int
   }
   auto [ids, weights, sums, counts] = results_of(problem, top_k);
   trace("route", problem.tier.name);
+  const bool plain = !selection.has_value() && top_p >= 1 && top_groups == num_groups && capacity < 0;
+  if (plain && problem.dtype != 3 && top_k <= route_lanes_slots && problem.experts <= route_lanes_experts) {
+    route_by_lanes(problem, top_k, normalize, ids, weights, sums);
+    count(data_of(ids), problem.tokens, top_k, problem.experts, data_of(counts));
+    return {ids, weights, sums, counts};
+  }
   call.ids = data_of(ids);
   each_row(problem, [&](std::int64_t begin, std::int64_t end, std::int64_t* nan_row) {
     RouteChoice own = call;

@@ -62,6 +62,24 @@ struct RoutingKernels {
 inline constexpr int64_t route_scratch = 5;
 inline constexpr int64_t route_width = 16;  // accumulators that every tier's vector divides
 
+// The plain kinds, choice and weights in one pass: float32 accumulators, and at most so many slots and experts.
+inline constexpr int route_lanes_slots = 8;
+inline constexpr int64_t route_lanes_experts = 256;
+
+struct RouteLanes {
+  RouteRows rows;
+  int64_t slots;
+  bool normalize;
+  int64_t* ids;    // [tokens, slots]
+  float* weights;  // [tokens, slots]
+};
+
+struct RoutingLanesKernels {
+  // By the type of the logits: float, bfloat16, float16. sums as of weigh; `scratch`: 3 route_width accumulators an expert.
+  void (*route[3])(const RouteLanes&, int64_t begin, int64_t end, void* sums, void* scratch, int64_t* nan_row);
+};
+
 MMK_TIERS(RoutingKernels, routing_kernels)
+MMK_TIERS(RoutingLanesKernels, routing_lanes_kernels)
 
 }  // namespace mmk
