@@ -109,7 +109,7 @@ Gradients linear_backward(Tensor grad, Tensor x, Tensor weight, MaybeTensor pre,
   std::optional<Tensor> before;  // the gradient before the activation
   if (activation != Activation::none) {
     before = new_tensor(x, {rows.rows, w.n}, dtype_of(x));
-    const ActivationGradient call{grad.const_data_ptr(), pre->const_data_ptr(), nullptr, before->mutable_data_ptr(), nullptr,
+    const ActivationGradient call{grad.const_data_ptr(), false, pre->const_data_ptr(), nullptr, before->mutable_data_ptr(), nullptr,
                                   nullptr, nullptr, nullptr, w.n, w.n, activation};
     parallel_for(rows.rows, w.n, [&](std::int64_t begin, std::int64_t end) {
       w.how.kernels->activation_gradient[static_cast<int>(number)](call, begin, end);
@@ -212,6 +212,7 @@ MlpGradients mlp_backward(Tensor grad, Tensor x, Tensor w_in, Tensor w_out, Mayb
   if (need(MlpNeed::w_out)) again = new_tensor(x, {rows.rows, hidden}, dtype_of(x));
   gemm(grad_of_input(how, number, upstream, w.out.of().operand, hidden, of_hidden.mutable_data_ptr()));
   const ActivationGradient call{of_hidden.const_data_ptr(),
+                                false,
                                 gated ? pre_gate.const_data_ptr() : pre.const_data_ptr(),
                                 gated ? pre.const_data_ptr() : nullptr,
                                 gated ? before_gate->mutable_data_ptr() : before.mutable_data_ptr(),

@@ -329,12 +329,14 @@ MoeGradients moe_mlp_backward(Tensor grad, Tensor x, Tensor expert_ids, Tensor w
     const std::int64_t begin = order.begin(expert), count = order.count(expert);
     Workspace own(ScratchUse::expert_gradients);
     const std::int64_t upstream_at = own.add(count * cols * size), input_at = own.add(count * channels * size);
-    const std::int64_t of_hidden_at = own.add(count * hidden * size), before_at = own.add(count * hidden * size);
+    const std::int64_t of_hidden_at = own.add(count * hidden * size_of_sum), before_at = own.add(count * hidden * size);
     const std::int64_t before_gate_at = own.add(gated ? count * hidden * size : 0), again_at = own.add(count * hidden * size);
     own.allocate();
     gather(grad.const_data_ptr(), cols, order.tokens() + begin, count, cols, size, own.at(upstream_at));
     const Matrix upstream{own.at(upstream_at), count, cols, cols};
-    gemm(grad_of_input(how, number, upstream, w.out.of(expert).operand, hidden, own.at(of_hidden_at)));
+    GemmCall product = grad_of_input(how, number, upstream, w.out.of(expert).operand, hidden, own.at(of_hidden_at));
+    product.number = sums;  // not rounded: the gradient of a weight is a sum over the hidden units
+    gemm(product);
     const auto kept = [&](const Tensor& tensor) {
       return static_cast<const char*>(tensor.const_data_ptr()) + begin * hidden * size;
     };
@@ -342,6 +344,7 @@ MoeGradients moe_mlp_backward(Tensor grad, Tensor x, Tensor expert_ids, Tensor w
     char* row_weights = room.at(weights_at) + begin * size_of_sum;
     ActivationGradient call{};
     call.grad = own.at(of_hidden_at);
+    call.wide_grad = true;
     call.pre = gated ? kept(pre_gate) : kept(pre);
     call.up = gated ? kept(pre) : nullptr;
     call.grad_pre = own.at(gated ? before_gate_at : before_at);
@@ -371,7 +374,7 @@ MoeGradients moe_mlp_backward(Tensor grad, Tensor x, Tensor expert_ids, Tensor w
       if (of_w_gate) grad_of_weight(how, number, of_gate, input, matrix_of(grad_w_gate, expert));
     }
     if (need(MoeNeed::x)) {
-      GemmCall product = grad_of_input(how, number, of_up, w.in.of(expert).operand, channels, nullptr);
+      product = grad_of_input(how, number, of_up, w.in.of(expert).operand, channels, nullptr);
       product.number = sums;
       product.out = room.at(x_slots) + begin * channels * size_of_sum;
       gemm(product);

@@ -19,7 +19,7 @@
 namespace mmk {
 namespace {
 
-using Results = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using Results = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // weights, sums, ids, counts
 
 // Logits, the kernels for them, and what their routing is written to.
 struct Problem {
@@ -119,8 +119,9 @@ void route_by_lanes(const Problem& problem, std::int64_t slots, bool normalize, 
 
 Results results_of(const Problem& problem, std::int64_t slots) {
   const std::int32_t int64 = aoti_torch_dtype_int64();
-  return {new_tensor(problem.logits, {problem.tokens, slots}, int64), new_tensor(problem.logits, {problem.tokens, slots}, problem.wide()),
-          new_tensor(problem.logits, {2 * problem.experts + 2}, problem.wide()), new_tensor(problem.logits, {2, problem.experts}, int64)};
+  return {new_tensor(problem.logits, {problem.tokens, slots}, problem.wide()),
+          new_tensor(problem.logits, {2 * problem.experts + 2}, problem.wide()),
+          new_tensor(problem.logits, {problem.tokens, slots}, int64), new_tensor(problem.logits, {2, problem.experts}, int64)};
 }
 
 RouteScore score_of(std::int64_t code) {
@@ -132,6 +133,7 @@ Results route(Tensor logits, MaybeTensor selection, std::int64_t top_k, std::int
               std::int64_t num_groups, std::int64_t top_groups, std::int64_t group_score, std::int64_t capacity) {
   const Problem problem(logits, score_of(score));
   check(top_k >= 1 && top_k <= problem.experts, "top_k", "expected 1 to ", problem.experts, ", got ", top_k);
+  check(top_p >= 0 && top_p <= 1, "top_p", "expected 0 to 1, got ", top_p);
   check(num_groups >= 1 && problem.experts % num_groups == 0, "num_groups", "expected a divisor of ", problem.experts, ", got ",
         num_groups);
   check(top_groups >= 1 && top_groups <= num_groups, "top_groups", "expected 1 to ", num_groups, ", got ", top_groups);
@@ -147,13 +149,13 @@ Results route(Tensor logits, MaybeTensor selection, std::int64_t top_k, std::int
     call.selection = selection->const_data_ptr();
     call.selection_stride = dims == 2 ? selection->stride(0) : 0;
   }
-  auto [ids, weights, sums, counts] = results_of(problem, top_k);
+  auto [weights, sums, ids, counts] = results_of(problem, top_k);
   trace("route", problem.tier.name);
   const bool plain = !selection.has_value() && top_p >= 1 && top_groups == num_groups && capacity < 0;
   if (plain && problem.dtype != 3 && top_k <= route_lanes_slots && problem.experts <= route_lanes_experts) {
     route_by_lanes(problem, top_k, normalize, ids, weights, sums);
     count(data_of(ids), problem.tokens, top_k, problem.experts, data_of(counts));
-    return {ids, weights, sums, counts};
+    return {weights, sums, ids, counts};
   }
   call.ids = data_of(ids);
   each_row(problem, [&](std::int64_t begin, std::int64_t end, std::int64_t* nan_row) {
@@ -164,7 +166,7 @@ Results route(Tensor logits, MaybeTensor selection, std::int64_t top_k, std::int
   count(data_of(ids), problem.tokens, top_k, problem.experts, data_of(counts));
   if (capacity >= 0) drop_beyond(capacity, data_of(ids), problem.tokens, top_k, problem.experts);
   weigh(problem, top_k, normalize, ids, weights, sums);
-  return {ids, weights, sums, counts};
+  return {weights, sums, ids, counts};
 }
 
 // --- the experts' own choice --------------------------------------------------------------------------------------------------
@@ -187,7 +189,7 @@ Results expert_choice(Tensor logits, std::int64_t slots, std::int64_t capacity, 
   check(slots >= 1 && slots <= experts, "top_k", "expected 1 to ", experts, ", got ", slots);
   check(tokens == 0 || (group >= 1 && tokens % group == 0), "group_size", "expected a divisor of ", tokens, ", got ", group);
   check(capacity >= 0 && capacity <= group, "capacity", "expected 0 to ", group, ", got ", capacity);
-  auto [ids, weights, sums, counts] = results_of(problem, slots);
+  auto [weights, sums, ids, counts] = results_of(problem, slots);
   trace("expert_choice", problem.tier.name);
   Workspace room(ScratchUse::experts);
   const std::int64_t probabilities_at = room.add(tokens * experts * problem.wide_bytes()), taken_at = room.add(tokens * experts);
@@ -219,7 +221,7 @@ Results expert_choice(Tensor logits, std::int64_t slots, std::int64_t capacity, 
   scratch_done(ScratchUse::experts);
   count(data_of(ids), tokens, slots, experts, data_of(counts));
   weigh(problem, slots, false, ids, weights, sums);
-  return {ids, weights, sums, counts};
+  return {weights, sums, ids, counts};
 }
 
 Tensor route_backward(Tensor grad_weights, Tensor grad_sums, Tensor logits, Tensor expert_ids, std::int64_t score, bool normalize) {

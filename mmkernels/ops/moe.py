@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from mmkernels.ops.entry import (
 from mmkernels.ops.linear import WeightLike, activation_code, late_residual, matrix_tier
 from mmkernels.ops.packed_linear import DTYPES, cast, cast_weight, check_pack, current_packs, unpack
 from mmkernels.reference import moe as reference
+from mmkernels.reference.linear import as_rows
 from mmkernels.reference.moe import Dispatch
 from mmkernels.reference.routing import Routing
 
@@ -387,7 +389,7 @@ def _rows(x: Any) -> Any:
     """[T, C] with contiguous rows; what is no such tensor is left to the checks."""
     if not isinstance(x, Tensor) or x.layout != torch.strided or x.dim() < 1:
         return x
-    rows = x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x
+    rows = x if x.dim() == 2 else as_rows(x)
     return rows if rows.stride(1) == 1 or rows.shape[1] <= 1 else rows.contiguous()
 
 
@@ -406,16 +408,9 @@ def _check_routing(routing: Any, x: Any) -> None:
     if not isinstance(routing, Routing):
         raise TypeError(f"routing: expected a Routing (mk.route, mk.fixed_routing), got {type(routing).__name__}")
     check_tokens(x, "x", "[..., C]", DTYPES)
-    tokens = x.numel() // max(1, x.shape[-1]) if x.shape[-1] else _count(x.shape[:-1])
+    tokens = math.prod(x.shape[:-1])
     if routing.expert_ids.dim() != 2 or routing.expert_ids.shape[0] != tokens:
         raise ValueError(f"routing: expected one row for each of the {tokens} tokens, got {tuple(routing.expert_ids.shape)}")
-
-
-def _count(sizes: Any) -> int:
-    count = 1
-    for size in sizes:
-        count *= size
-    return count
 
 
 def moe_mlp(

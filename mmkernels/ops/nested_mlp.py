@@ -6,14 +6,17 @@ from typing import Any
 
 from torch import Tensor
 
-from mmkernels.ops.checks import check_int, check_matrix
+from mmkernels.ops.checks import check_int, check_matrix, check_tokens
 from mmkernels.ops.linear import linear, mlp
 from mmkernels.ops.packed_linear import DTYPES
 from mmkernels.reference.linear import activate
 
 
-def _check(width: Any, w_in: Any, w_out: Any, w_gate: Any, activation_on_product: Any) -> None:
+def _check(x: Any, width: Any, w_in: Any, w_out: Any, w_gate: Any, activation_on_product: Any) -> None:
+    check_tokens(x, "x", "[..., C]", DTYPES)
     check_matrix(w_in, "w_in", "[H, C]", DTYPES)
+    if w_in.shape[1] != x.shape[-1]:
+        raise ValueError(f"w_in: expected [H, {x.shape[-1]}], got {tuple(w_in.shape)}")
     check_matrix(w_out, "w_out", "[N, H]", DTYPES)
     check_int(width, "width", 0)
     if width > w_in.shape[0]:
@@ -59,7 +62,7 @@ def nested_mlp(
 
     Source: "MatFormer: Nested Transformer for Elastic Inference" (2023).
     """
-    _check(width, w_in, w_out, w_gate, activation_on_product)
+    _check(x, width, w_in, w_out, w_gate, activation_on_product)
     up, out = w_in[:width], w_out[:, :width]
     if not activation_on_product:
         return mlp(x, up, out, w_gate=None if w_gate is None else w_gate[:width], activation=activation)

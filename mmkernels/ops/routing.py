@@ -97,9 +97,9 @@ def _outputs(logits: Tensor, slots: Any) -> tuple[Tensor, Tensor, Tensor, Tensor
     tokens, experts = logits.shape
     dtype, device = stats_dtype(logits), logits.device
     return (
-        torch.empty((tokens, slots), dtype=torch.int64, device=device),
         torch.empty((tokens, slots), dtype=dtype, device=device),
         torch.empty((2 * experts + 2,), dtype=dtype, device=device),
+        torch.empty((tokens, slots), dtype=torch.int64, device=device),
         torch.empty((2, experts), dtype=torch.int64, device=device),
     )
 
@@ -119,7 +119,7 @@ def _fake_choice(logits: Tensor, slots: Any, capacity: Any, group: Any) -> tuple
     return _outputs(logits, slots)
 
 
-_RESULTS = "(Tensor expert_ids, Tensor weights, Tensor sums, Tensor counts)"
+_RESULTS = "(Tensor weights, Tensor sums, Tensor expert_ids, Tensor counts)"
 _op = define(
     "route(Tensor logits, Tensor? selection, SymInt top_k, int score, bool normalize, float top_p, int num_groups, "
     f"int top_groups, int group_score, SymInt capacity) -> {_RESULTS}",
@@ -154,7 +154,7 @@ def _setup_choice(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 
 
 def _keep(ctx: Any, logits: Tensor, output: tuple[Tensor, ...]) -> None:
-    ids, _, _, counts = output
+    _, _, ids, counts = output
     ctx.save_for_backward(logits, ids)
     ctx.mark_non_differentiable(ids, counts)
     ctx.set_materialize_grads(False)
@@ -179,11 +179,11 @@ def _gradient(ctx: Any, grad_weights: Tensor | None, grad_sums: Tensor | None) -
     )
 
 
-def _backward(ctx: Any, _: Any, grad_weights: Tensor | None, grad_sums: Tensor | None, __: Any) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad_weights: Tensor | None, grad_sums: Tensor | None, *_: Any) -> tuple[Any, ...]:
     return (_gradient(ctx, grad_weights, grad_sums), *[None] * 9)
 
 
-def _backward_choice(ctx: Any, _: Any, grad_weights: Tensor | None, grad_sums: Tensor | None, __: Any) -> tuple[Any, ...]:
+def _backward_choice(ctx: Any, grad_weights: Tensor | None, grad_sums: Tensor | None, *_: Any) -> tuple[Any, ...]:
     return (_gradient(ctx, grad_weights, grad_sums), None, None, None)
 
 
@@ -355,7 +355,7 @@ def route(
     if is_compiling():
         _check(*arguments)
     try:
-        ids, weights, sums, counts = _call(wants_gradient(logits), *arguments)
+        weights, sums, ids, counts = _call(wants_gradient(logits), *arguments)
     except Exception:
         _check(*arguments)
         raise
@@ -378,7 +378,7 @@ def _expert_choice(
     if is_compiling():
         _check_choice(*arguments)
     try:
-        ids, weights, sums, counts = _call_choice(wants_gradient(logits), *arguments)
+        weights, sums, ids, counts = _call_choice(wants_gradient(logits), *arguments)
     except Exception:
         _check_choice(*arguments)
         raise

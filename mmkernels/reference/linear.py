@@ -99,17 +99,18 @@ def through(grad: Tensor, pre: Tensor, activation: int) -> tuple[Tensor, Tensor]
     return torch.ops.aten.gelu_backward(grad, pre, approximate="tanh" if name == "gelu_tanh" else "none"), value
 
 
-def _rows(value: Tensor) -> Tensor:
+def as_rows(value: Tensor) -> Tensor:
+    """[..., C] as a matrix."""
     return value.flatten(0, -2) if value.dim() > 1 else value[None]
 
 
 def _of_weight(grad: Tensor, x: Tensor, needed: bool) -> Tensor:
-    return _rows(grad).T @ _rows(x) if needed else x.new_empty(0)
+    return as_rows(grad).T @ as_rows(x) if needed else x.new_empty(0)
 
 
 def _of_bias(grad: Tensor, bias: Tensor | None, needed: bool) -> Tensor:
     like = grad if bias is None else bias
-    return _rows(grad).sum(0, dtype=like.dtype) if needed else like.new_empty(0)
+    return as_rows(grad).sum(0, dtype=like.dtype) if needed else like.new_empty(0)
 
 
 def linear_backward_op(

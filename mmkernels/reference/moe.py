@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mmkernels.reference.linear import ACTIVATIONS, activate, affine, through
+from mmkernels.reference.linear import ACTIVATIONS, activate, affine, as_rows, through
 from mmkernels.reference.routing import Routing
 
 
@@ -62,33 +62,35 @@ def moe_mlp(
 ) -> Tensor:
     """out[t] = sum_k weights[t, k] f_e(x[t]) + residual[t] with e = expert_ids[t, k], unused slots left out, and
     f_e(x) = h W_out[e]^T + b_out[e], h as in mmkernels.mlp."""
-    tokens = x.reshape(-1, x.size(-1))
+    tokens = as_rows(x)
     ids = routing.expert_ids
-    slots = tokens.new_zeros((*ids.shape, w_out.size(1)))
+    places, rows = [], []
     for expert in range(w_in.size(0)):
         token, slot = torch.nonzero(ids == expert, as_tuple=True)
-        if token.numel() == 0:
-            continue
         chosen = tokens[token]
         up = affine(chosen, w_in[expert], _expert(b_in, expert))
         if w_gate is None:
             hidden = activate(up, activation)
         else:
             hidden = activate(affine(chosen, w_gate[expert], _expert(b_gate, expert)), activation) * up
-        slots = slots.index_put((token, slot), affine(hidden, w_out[expert], _expert(b_out, expert)))
+        places.append((token, slot))
+        rows.append(affine(hidden, w_out[expert], _expert(b_out, expert)))
+    values = torch.cat(rows)
+    slots = values.new_zeros((*ids.shape, w_out.size(1)))
+    slots = slots.index_put(tuple(torch.cat(index) for index in zip(*places, strict=True)), values)
     weights = routing.weights.masked_fill(ids < 0, 0)
-    out = torch.where((ids < 0)[..., None], 0, slots * weights[..., None]).sum(1).to(x.dtype).view(*x.shape[:-1], -1)
+    out = torch.where((ids < 0)[..., None], 0, slots * weights[..., None]).sum(1)
+    out = out.to(values.dtype).view(*x.shape[:-1], w_out.size(1))
     return out if residual is None else out + residual
 
 
 def grouped_linear(x: Tensor, group_ids: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x[t] W[g]^T + bias[g] with g = group_ids[t]; 0 where that is -1."""
-    tokens, ids = x.reshape(-1, x.size(-1)), group_ids.reshape(-1)
-    out = tokens.new_zeros((tokens.size(0), weight.size(1)))
-    for group in range(weight.size(0)):
-        token = torch.nonzero(ids == group)[:, 0]
-        out = out.index_put((token,), affine(tokens[token], weight[group], _expert(bias, group)))
-    return out.view(*x.shape[:-1], -1)
+    tokens, ids = as_rows(x), group_ids.reshape(-1)
+    places = [torch.nonzero(ids == group)[:, 0] for group in range(weight.size(0))]
+    values = torch.cat([affine(tokens[token], weight[group], _expert(bias, group)) for group, token in enumerate(places)])
+    out = values.new_zeros((tokens.size(0), weight.size(1))).index_put((torch.cat(places),), values)
+    return out.view(*x.shape[:-1], weight.size(1))
 
 
 # --- the operators' own signatures ----------------------------------------------------------------------------------------

@@ -168,7 +168,7 @@ def route_op(
     group_score: int,
     capacity: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The operator mmkernels::route: (expert_ids, weights, sums, counts). top_p of 1 and capacity -1 are none."""
+    """The operator mmkernels::route: (weights, sums, expert_ids, counts). top_p of 1 and capacity -1 are none."""
     kind = SCORES[score]
     logits = _wide(logits)
     if logits.isnan().any():
@@ -194,7 +194,7 @@ def route_op(
         if capacity >= 0:
             ids = _drop(ids, experts, capacity)
     weights = weights_of(logits, ids, kind, normalize)
-    return ids, weights, _sums(logits, probabilities, ids, weights, kind), counts
+    return weights, _sums(logits, probabilities, ids, weights, kind), ids, counts
 
 
 def weights_of(logits: Tensor, ids: Tensor, score: str, normalize: bool) -> Tensor:
@@ -272,7 +272,7 @@ def expert_choice_op(logits: Tensor, slots: int, capacity: int, group: int) -> t
         ids = ids.scatter(1, torch.where(taken, place, slots), named)[:, :slots].contiguous()
         counts = _counts(ids, experts)
     weights = weights_of(logits, ids, "softmax", False)
-    return ids, weights, _sums(logits, probabilities, ids, weights, "softmax"), counts
+    return weights, _sums(logits, probabilities, ids, weights, "softmax"), ids, counts
 
 
 def capacity_of(tokens: int, slots: int, num_experts: int, factor: float, *, rounded: bool = False) -> int:
@@ -319,7 +319,7 @@ def route(
             factor = 1.0 if capacity_factor is None else capacity_factor
             capacity = capacity_of(group, 1, experts, factor, rounded=True)
         slots = experts if top_k is None else top_k
-        ids, weights, sums, counts = expert_choice_op(logits, slots, min(capacity, group), group)
+        weights, sums, ids, counts = expert_choice_op(logits, slots, min(capacity, group), group)
         most = min(tokens * slots, tokens // max(1, group) * experts * min(capacity, group))
         return Routing(ids, weights, experts, most, sums, counts)
     slots = experts if top_k is None else top_k
@@ -332,7 +332,7 @@ def route(
     normalize = normalize or kind in ("topk_softmax", "noisy_topk")
     if capacity is None and capacity_factor is not None:
         capacity = capacity_of(tokens, slots, experts, capacity_factor)
-    ids, weights, sums, counts = route_op(
+    weights, sums, ids, counts = route_op(
         logits,
         selection,
         slots,

@@ -97,7 +97,8 @@ struct GemmEpilogue {
 
 // Elementwise and column work around the products, for gradients. Matrices are [rows, cols] with rows `stride` apart.
 struct ActivationGradient {
-  const void* grad;      // of the activated output
+  const void* grad;      // of the activated output; accumulators where `wide_grad`
+  bool wide_grad;
   const void* pre;       // what the activation was applied to: up, or the gate where there is one
   const void* up;        // null where there is no gate
   void* grad_pre;        // contiguous, [rows, cols]

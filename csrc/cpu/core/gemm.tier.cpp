@@ -270,6 +270,7 @@ void activation_gradient_of(const ActivationGradient& call, int64_t begin, int64
   for (int64_t row = begin; row < end; ++row) {
     const int64_t at = row * call.cols;
     const T* grad = static_cast<const T*>(call.grad) + row * call.grad_stride;
+    const A* wide_grad = static_cast<const A*>(call.grad) + row * call.grad_stride;
     const T* pre = static_cast<const T*>(call.pre) + at;
     const T* up = call.up == nullptr ? nullptr : static_cast<const T*>(call.up) + at;
     T* grad_pre = static_cast<T*>(call.grad_pre) + at;
@@ -279,7 +280,7 @@ void activation_gradient_of(const ActivationGradient& call, int64_t begin, int64
     const Register weight = V::set(weighted ? static_cast<const A*>(call.row_weights)[row] : A(1));
     Register dot = V::zero();
     for_each_vector<A>(call.cols, [&](int64_t col, int64_t lanes) {
-      Register upstream = load_lanes<A>(grad + col, lanes);
+      Register upstream = call.wide_grad ? load_lanes<A>(wide_grad + col, lanes) : load_lanes<A>(grad + col, lanes);
       const Register x = load_lanes<A>(pre + col, lanes);
       Register slope = activate_gradient<activation, A>(x);
       const bool wanted = hidden != nullptr || call.row_dots != nullptr;
