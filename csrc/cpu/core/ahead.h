@@ -26,5 +26,22 @@ struct Ahead {
   void some() { until(least(next + at_once, count)); }
 };
 
+// The lines of rows that are needed next, row by row, as memory likes to be read: one a look.
+struct LinesAhead {
+  const char* row = nullptr;
+  int64_t stride = 0, bytes = 0, rows = 0;  // bytes: of a row
+  int64_t at = 0;
+
+  void look() {
+    if (rows <= 0) return;
+    __builtin_prefetch(row + at, 0, 2);
+    at += 64;
+    if (at < bytes) return;
+    at = 0;
+    row += stride;
+    --rows;
+  }
+};
+
 }  // namespace
 }  // namespace mmk::MMK_TIER

@@ -1,6 +1,7 @@
 // Matrix products of one tier: packing, the kernel over panels, the epilogue. gemm.h says what each is for.
 #include "gemm.h"
 
+#include "ahead.h"
 #include "gemm_panels.h"
 #include "math.h"
 #include "quantise.h"
@@ -14,16 +15,22 @@ namespace {
 // --- packing ------------------------------------------------------------------------------------------------------------
 // Packs `lanes` rows of a source whose depth is contiguous, `lanes` at most a vector's width, into to[k * step + row]: a
 // vector of every row is loaded and the square transposed. Whole vectors are stored, so up to width - lanes elements after
-// the last are written over, but for the last depth, which is stored as `last` lanes; rows beyond `lanes` are zero.
+// the last are written over, but for the last depth, which is stored as `last` lanes; rows beyond `lanes` are zero. As many
+// lines of `ahead` are looked at as lines are read.
 template <class A, class T, class S>
-inline void pack_rows(const T* from, int64_t stride, int64_t lanes, int64_t depth, S* to, int64_t step, int64_t last) {
+inline void pack_rows(const T* from, int64_t stride, int64_t lanes, int64_t depth, S* to, int64_t step, int64_t last,
+                      LinesAhead ahead = {}) {
   using V = Vec<A>;
   using Register = typename V::Register;
   constexpr int width = V::width;
   int64_t k = 0;
   for (; k + width <= depth; k += width) {
     Register rows[width];
-    for (int i = 0; i < width; ++i) rows[i] = i < lanes ? V::load(from + i * stride + k) : V::zero();
+    constexpr int rows_of_line = width * sizeof(T) >= 64 ? 1 : 64 / (width * sizeof(T));
+    for (int i = 0; i < width; ++i) {
+      rows[i] = i < lanes ? V::load(from + i * stride + k) : V::zero();
+      if (i % rows_of_line == 0) ahead.look();
+    }
     V::transpose(rows);
     for (int i = 0; i < width - 1; ++i) V::store(to + (k + i) * step, rows[i]);
     store_lanes<A>(to + (k + width - 1) * step, rows[width - 1], k + width == depth ? last : width);
@@ -96,8 +103,12 @@ void pack_b(const GemmPack& call) {
   for (int64_t half = 0; half < halves; ++half) {
     const int64_t col = half * width, left = call.count - col;
     S* to = reinterpret_cast<S*>(static_cast<char*>(call.panels) + half / 2 * call.panel_bytes) + half % 2 * width;
-    pack_rows<A>(from + col * source.stride, source.stride, left < 0 ? 0 : left < width ? left : width, call.depth, to,
-                 panel_cols<A>, width);
+    const T* columns = from + col * source.stride;
+    // Those of the next half come from memory, where this one's tiles touch only the beginnings of lines far apart.
+    const LinesAhead ahead{reinterpret_cast<const char*>(columns + width * source.stride),
+                           source.stride * static_cast<int64_t>(sizeof(T)), call.depth * static_cast<int64_t>(sizeof(T)),
+                           least(left - width, width)};
+    pack_rows<A>(columns, source.stride, left < 0 ? 0 : least(left, width), call.depth, to, panel_cols<A>, width, ahead);
   }
 }
 

@@ -1,5 +1,6 @@
 // Matrix products in bfloat16 by AVX512_BF16, whose instruction adds two products to each 32-bit sum: panels of the AVX-512 tier
 // with the depth in pairs. Compiled with it on; nothing here runs before has_bf16_pairs() has asked. Subnormal numbers count as zero.
+#include "ahead.h"
 #include "gemm_panels.h"
 
 namespace mmk::MMK_TIER {
@@ -53,14 +54,17 @@ void multiply(const GemmBlock& call) {
 
 // The pairs of rows whose depth is contiguous are there already: squares of them are transposed. The first `lanes` of a row are
 // stored, zeros beyond `count`.
-inline void pack_pairs(const bfloat16* from, int64_t stride, int64_t count, int64_t depth, int lanes, char* to, int64_t step) {
+inline void pack_pairs(const bfloat16* from, int64_t stride, int64_t count, int64_t depth, int lanes, char* to, int64_t step,
+                       LinesAhead ahead) {
   const __mmask16 stored = static_cast<__mmask16>((1u << lanes) - 1);
   for (int64_t k = 0; k < depth; k += 2 * V::width, to += V::width * step) {
     const int64_t left = least(depth - k, 2 * V::width);
     const __mmask32 there = left == 32 ? ~__mmask32{0} : (__mmask32{1} << left) - 1;
     V::Register rows[V::width];
-    for (int64_t i = 0; i < V::width; ++i)
+    for (int64_t i = 0; i < V::width; ++i) {
       rows[i] = i < count ? _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(there, from + i * stride + k)) : V::zero();
+      ahead.look();
+    }
     V::transpose(rows);
     for (int64_t i = 0; i < ceil_div(left, 2); ++i) _mm512_mask_storeu_ps(to + i * step, stored, rows[i]);
   }
@@ -87,7 +91,12 @@ void pack(const GemmPack& call) {
       const int lanes = static_cast<int>(least(panel - lane, V::width));
       const int64_t count = least(call.count - first - lane, lanes);
       if (source.depth_stride == 1) {
-        pack_pairs(from + (first + lane) * source.stride, source.stride, count, call.depth, lanes, to, panel * pair_bytes);
+        const bfloat16* rows = from + (first + lane) * source.stride;
+        // Those that come next, from memory where this one's tiles touch only the beginnings of lines far apart.
+        const LinesAhead ahead{reinterpret_cast<const char*>(rows + V::width * source.stride),
+                               source.stride * static_cast<int64_t>(sizeof(bfloat16)),
+                               call.depth * static_cast<int64_t>(sizeof(bfloat16)), call.count - first - lane - V::width};
+        pack_pairs(rows, source.stride, count, call.depth, lanes, to, panel * pair_bytes, ahead);
       } else {
         pack_lines(from + first + lane, source.depth_stride, count, call.depth, lanes, to, panel * pair_bytes);
       }
