@@ -139,8 +139,8 @@ _MOE_SAMPLES = (
     Sample("deeper than a block", _moe_call((40,), 1100, 7, 6, 2, 2), gradcheck=False),
     Sample("many experts", _moe_call((40,), 33, 20, 33, 64, 2), gradcheck=False),
     Sample("M3ViT, ViT-S", _moe_call((197,), 384, 384, 384, 16, 4), gradcheck=False),
-    Sample("groups of rows", _moe_call((430,), 8, 8000, 6, 2, 2, spread="unused"), gradcheck=False),
-    Sample("groups of rows, one slot", _moe_call((430,), 8, 8000, 6, 2, 1, gated=True), gradcheck=False),
+    Sample("groups of rows", _moe_call((105,), 8, 8000, 6, 1, 2), gradcheck=False),
+    Sample("groups of rows, one slot", _moe_call((210,), 8, 8000, 6, 1, 1), gradcheck=False),
     Sample(
         "Mixtral's experts", _moe_call((512,), 768, 2048, 768, 8, 2, gated=True, bias="none"), gradcheck=False, full=True
     ),
