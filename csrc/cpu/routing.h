@@ -7,6 +7,9 @@
 
 namespace mmk {
 
+// The smallest normal float: keeps a sum of nothing from dividing by zero.
+inline constexpr double smallest_normal = 1.17549435082228751e-38;
+
 enum class RouteScore : int { softmax = 0, sigmoid = 1 };
 
 // The rows of logits, and what they are: the probabilities of softmax, or sigmoids.

@@ -12,9 +12,6 @@ namespace {
 template <class A>
 inline constexpr A infinity = static_cast<A>(__builtin_inf());
 
-// The smallest normal float, which keeps a sum of nothing from dividing by zero.
-inline constexpr double tiny = 1.17549435082228751e-38;
-
 // A row of `experts` accumulators and lanes of padding after them, which hold minus infinity and do not count.
 template <class A>
 struct Row {
@@ -199,13 +196,13 @@ inline void weights_of(const RouteRows& rows, const A* values, const A* scores, 
         sum += lanes[i];
       }
     }
-    if (!(sum >= static_cast<A>(tiny))) sum = sum != sum ? sum : static_cast<A>(tiny);
+    if (!(sum >= static_cast<A>(smallest_normal))) sum = sum != sum ? sum : static_cast<A>(smallest_normal);
   } else {
     for (int64_t slot = 0; slot < slots; ++slot) {
       weights[slot] = ids[slot] < 0 ? A(0) : scores[ids[slot]];
       sum += weights[slot];
     }
-    sum += static_cast<A>(tiny);
+    sum += static_cast<A>(smallest_normal);
   }
   for (int64_t slot = 0; slot < slots; ++slot) weights[slot] = weights[slot] / sum;
 }
@@ -217,7 +214,7 @@ inline void to_shares(const RouteRows& rows, A* scores, int64_t padded) {
   if (rows.score == RouteScore::softmax) return;
   typename V::Register sum = V::zero();
   for (int64_t i = 0; i < padded; i += V::width) sum = sum + V::load(scores + i);
-  const A total = V::sum(sum) + static_cast<A>(tiny);
+  const A total = V::sum(sum) + static_cast<A>(smallest_normal);
   for (int64_t i = 0; i < padded; i += V::width) V::store(scores + i, V::load(scores + i) / V::set(total));
 }
 
@@ -296,7 +293,7 @@ void gradient(const RouteGradient& call, int64_t begin, int64_t end, void* scrat
       scores_of<A>(call.rows, whole, scores);
       A sum = A(0);
       for (int64_t i = 0; i < experts; ++i) sum += scores[i];
-      total = sum + static_cast<A>(tiny);
+      total = sum + static_cast<A>(smallest_normal);
     }
     // Of the shares, which are the scores over `total`; then of the scores.
     A mean = A(0);

@@ -112,7 +112,7 @@ void route(const RouteLanes& call, int64_t begin, int64_t end, void* sums_of_chu
         V::store(scores + e * width, score);
         total = total + score;
       }
-      total = total + V::set(1.17549435e-38f);
+      total = total + V::set(static_cast<float>(smallest_normal));
     }
     Register best[slots], ids[slots];
     best_of<slots>(by_softmax ? lanes : scores, experts, best, ids);
@@ -123,7 +123,7 @@ void route(const RouteLanes& call, int64_t begin, int64_t end, void* sums_of_chu
       weights[s] = by_softmax ? exp_of_negative<float>(best[s] - top) : best[s];
       chosen = chosen + weights[s];
     }
-    const Register divisor = call.normalize ? (by_softmax ? chosen : chosen + V::set(1.17549435e-38f)) : by_softmax ? sum : V::set(1.0f);
+    const Register divisor = call.normalize ? (by_softmax ? chosen : chosen + V::set(static_cast<float>(smallest_normal))) : by_softmax ? sum : V::set(1.0f);
     float weight_lanes[slots][width], id_lanes[slots][width];
     for (int s = 0; s < slots; ++s) {
       V::store(weight_lanes[s], weights[s] / divisor);
