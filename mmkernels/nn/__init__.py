@@ -7,8 +7,12 @@ from mmkernels.nn.hash_learning import HashFit, fit_hash
 from mmkernels.nn.linear import Linear
 from mmkernels.nn.linear_attention import LinearAttention
 from mmkernels.nn.mlp import GluMlp, Mlp
+from mmkernels.nn.modality import ModalityLinear, ModalityMlp
+from mmkernels.nn.moe import MoE
+from mmkernels.nn.nested_mlp import NestedMlp
 from mmkernels.nn.norm import LayerNorm, RMSNorm
 from mmkernels.nn.packed import repack
+from mmkernels.nn.skill_mlp import SkillMlp
 from mmkernels.nn.token_roll import TokenRoll, TokenRollLayerNorm, visual_ranges
 from mmkernels.nn.window_attention import WindowAttention
 
@@ -22,8 +26,13 @@ __all__ = [
     "Linear",
     "LinearAttention",
     "Mlp",
+    "MoE",
+    "ModalityLinear",
+    "ModalityMlp",
     "MultiheadAttention",
+    "NestedMlp",
     "RMSNorm",
+    "SkillMlp",
     "TokenRoll",
     "TokenRollLayerNorm",
     "WindowAttention",

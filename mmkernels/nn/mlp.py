@@ -18,7 +18,7 @@ from mmkernels.ops.linear import mlp
 NORMS = (None, "product", "factors")
 
 
-def _pair(value: Any) -> tuple[Any, Any]:
+def pair(value: Any) -> tuple[Any, Any]:
     return (value[0], value[1]) if isinstance(value, (tuple, list)) else (value, value)
 
 
@@ -151,7 +151,7 @@ class Mlp(KernelSwitch):
         check_activation(activation)
         super().__init__()
         hidden_features, out_features = hidden_features or in_features, out_features or in_features
-        biases, drops = _pair(bias), _pair(drop)
+        biases, drops = pair(bias), pair(drop)
         self.activation = activation
         self.fc1 = Linear(in_features, hidden_features, biases[0], device, dtype, packed_dtype=packed_dtype)
         self.drop1 = nn.Dropout(drops[0])
@@ -227,7 +227,7 @@ class GluMlp(KernelSwitch):
             raise ValueError(f"norm: expected one of {', '.join(map(str, NORMS))}, got {norm!r}")
         super().__init__()
         hidden_features, out_features = hidden_features or in_features, out_features or in_features
-        biases, drops = _pair(bias), _pair(drop)
+        biases, drops = pair(bias), pair(drop)
         self.activation = activation
         self.norm_of = norm
         self.gate_last = gate_last
