@@ -1,6 +1,7 @@
-"""mk.moe_mlp beside transformers' MixtralExperts (eager and grouped_mm), on the same parameters: `python
-bench/transformers_experts.py FILE` writes the medians there. Needs `transformers`; two threads, 8 experts of 768 x 2048, top 2.
-Under malloc's settings of `mmkernels bench --allocator tuned` it shows the kernels alone."""
+"""mk.moe_mlp beside transformers' MixtralExperts (eager and grouped_mm), on the same parameters.
+
+`python bench/transformers_experts.py FILE` writes the medians there. Needs `transformers`; two threads, 8 experts of
+768 x 2048, top 2. Under malloc's settings of `mmkernels bench --allocator tuned` it shows the kernels alone."""
 
 from __future__ import annotations
 

@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import copy
 import io
-import json
 import pickle
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
-from support import assert_same_bits, assert_within_rule
+from support import assert_same_bits, assert_within_rule, golden, judge
 from torch import Tensor, nn
 
 import mmkernels as mk
 from mmkernels.nn import ModalityLinear, ModalityMlp, MoE, NestedMlp, SkillMlp
 
-GOLDEN = Path(__file__).parent / "golden"
 Made = dict[str, Tensor]
 
 
@@ -34,26 +30,8 @@ def _alone() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def golden(case: str) -> tuple[Made, dict[str, Any]]:
-    tensors = load_file(GOLDEN / f"{case}.safetensors")
-    return tensors, json.loads((GOLDEN / f"{case}.json").read_text())["hyper_parameters"]
-
-
 def tokens(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 5) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def judge(tensors: Made, run: Callable[[torch.dtype, bool], Made]) -> None:
-    """What run(dtype, kernels) makes against the golden of the same names."""
-    exact, plain = run(torch.float64, False), run(torch.float32, False)
-    mk.last_kernels(clear=True)
-    ours = run(torch.float32, True)
-    assert all(kernel != "reference" for _, kernel in mk.last_kernels())
-    for name, oracle in exact.items():
-        own = 2 * float((tensors[name].double() - oracle).abs().max())
-        assert_within_rule(ours[name], plain[name], oracle, name, extra=own)
-        # Published code sums in another order than the definition; both are float32's rounding away from float64.
-        assert own <= 2e-5 * float(oracle.abs().max()), f"golden {name}: {own / 2:.3e} from the definition"
 
 
 def set_to(module: nn.Module, values: Made, dtype: torch.dtype) -> None:

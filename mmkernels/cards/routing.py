@@ -79,6 +79,7 @@ _SAMPLES = (
     Sample("top p, normalised", _call(11, 6, None, top_p=0.6)),
     Sample("groups", _call(9, 12, 3, num_groups=4, top_groups=2)),
     Sample("groups by two", _call(9, 12, 3, num_groups=4, top_groups=2, group_score="top2", kind="sigmoid_topk")),
+    Sample("ties of groups", _with_ties(_call(6, 12, 3, num_groups=4, top_groups=2)), gradcheck=False),
     Sample("fewer slots than groups", _call(9, 12, 1, num_groups=6, top_groups=5)),
     Sample("selection", _call(9, 6, 2, selection="shared", kind="sigmoid_topk", normalize=True)),
     Sample("selection of each token", _call(9, 6, 2, selection="own")),
