@@ -11,11 +11,11 @@
 #include <tuple>
 
 #include "../common/arguments.h"
-#include "core/gemm_call.h"
 #include "core/parallel.h"
 #include "core/scratch.h"
 #include "core/tier.h"
 #include "core/trace.h"
+#include "linear_products.h"
 
 namespace mmk {
 namespace {
@@ -132,15 +132,8 @@ struct Problem {
   }
 
   GemmCall product(std::int64_t rows, std::int64_t cols, std::int64_t depth, Number of_out, void* out) const {
-    GemmCall call;
-    call.kernels = how.kernels;
-    call.arithmetic = how.arithmetic;
-    call.number = of_out;
-    call.rows = rows;
-    call.cols = cols;
-    call.depth = depth;
+    GemmCall call = call_of(how, of_out, rows, cols, depth);
     call.out = out;
-    call.out_stride = cols;
     return call;
   }
 

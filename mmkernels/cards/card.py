@@ -51,6 +51,26 @@ def with_argument(make: Make, position: int, change: Callable[[Tensor], Any]) ->
     return changed
 
 
+def bad_argument(make: Make, position: int, change: Callable[[Any], Any]) -> Callable[[torch.device], Call]:
+    """The call in float32 with another argument there, for a BadInput."""
+    return lambda device: with_argument(make, position, change)(device, torch.float32, torch.Generator())
+
+
+def bad_keyword(make: Make, **changed: Any) -> Callable[[torch.device], Call]:
+    """The call in float32 with these keywords, for a BadInput."""
+
+    def made(device: torch.device) -> Call:
+        good = make(device, torch.float32, torch.Generator())
+        return Call(good.args, {**good.kwargs, **changed})
+
+    return made
+
+
+def bias_dtype(kept: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of biases beside x: its own, or float32 where `kept` is "float32"."""
+    return torch.float32 if kept == "float32" and dtype != torch.float64 else dtype
+
+
 # Tokens [B, N, C] with a contiguous last dimension that lie in memory as no new tensor does.
 STRIDED_TOKENS: dict[str, Callable[[Tensor], Tensor]] = {
     "token slice": lambda x: torch.cat((x, x), 1)[:, 1 : 1 + x.size(1)],

@@ -19,6 +19,8 @@ from mmkernels.cards.card import (
     Overhead,
     Sample,
     Target,
+    bad_argument,
+    bad_keyword,
     with_argument,
 )
 from mmkernels.ops import hash_attention as ops
@@ -191,27 +193,15 @@ _ECOFORMER_SAMPLES = tuple(
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
-def _bad(make: Make, position: int, value: Callable[[Tensor], Any]) -> Callable[[torch.device], Call]:
-    return lambda device: with_argument(make, position, value)(device, torch.float32, torch.Generator())
-
-
-def _bad_keyword(make: Make, **changed: Any) -> Callable[[torch.device], Call]:
-    def changing(device: torch.device) -> Call:
-        good = make(device, torch.float32, torch.Generator())
-        return Call(good.args, {**good.kwargs, **changed})
-
-    return changing
-
-
 def _no_tensor(make: Make, names: dict[str, int]) -> tuple[BadInput, ...]:
     return tuple(
         bad
         for name, position in names.items()
         for bad in (
-            BadInput(f"{name} has too few dimensions", _bad(make, position, lambda t: t[0]), ValueError, name),
-            BadInput(f"{name} is a list", _bad(make, position, lambda t: t.tolist()), TypeError, name),
-            BadInput(f"{name} is None", _bad(make, position, lambda t: None), TypeError, name),
-            BadInput(f"{name} is sparse", _bad(make, position, lambda t: t.to_sparse()), TypeError, name),
+            BadInput(f"{name} has too few dimensions", bad_argument(make, position, lambda t: t[0]), ValueError, name),
+            BadInput(f"{name} is a list", bad_argument(make, position, lambda t: t.tolist()), TypeError, name),
+            BadInput(f"{name} is None", bad_argument(make, position, lambda t: None), TypeError, name),
+            BadInput(f"{name} is sparse", bad_argument(make, position, lambda t: t.to_sparse()), TypeError, name),
         )
     )
 
@@ -220,23 +210,32 @@ def _bad_hash(make: Make, names: dict[str, int]) -> tuple[BadInput, ...]:
     """What mk.hash_codes and mk.ecoformer_attention refuse alike."""
     qk, supports, projection, mean = (names[name] for name in ("qk", "supports", "projection", "mean"))
     return (
-        BadInput("supports of other channels", _bad(make, supports, lambda t: t[..., 1:]), ValueError, "supports"),
-        BadInput("supports of other heads", _bad(make, supports, lambda t: t[1:]), ValueError, "supports"),
-        BadInput("no supports", _bad(make, supports, lambda t: t[:, :0]), ValueError, "supports"),
-        BadInput("supports of several samples", _bad(make, supports, lambda t: torch.stack((t, t))), ValueError, "supports"),
-        BadInput("projection of other supports", _bad(make, projection, lambda t: t[..., 1:]), ValueError, "projection"),
-        BadInput("33 bits", _bad(make, projection, lambda t: t.repeat(1, 9, 1)[:, :33]), ValueError, "projection"),
-        BadInput("no bits", _bad(make, projection, lambda t: t[:, :0]), ValueError, "projection"),
-        BadInput("mean of other supports", _bad(make, mean, lambda t: t[..., 1:]), ValueError, "mean"),
-        BadInput("mean of one head", _bad(make, mean, lambda t: t[:1]), ValueError, "mean"),
-        BadInput("no channels", _bad(make, qk, lambda t: t[..., :0]), ValueError, "qk"),
-        BadInput("qk of integers", _bad(make, qk, lambda t: t.int()), TypeError, "qk"),
+        BadInput("supports of other channels", bad_argument(make, supports, lambda t: t[..., 1:]), ValueError, "supports"),
+        BadInput("supports of other heads", bad_argument(make, supports, lambda t: t[1:]), ValueError, "supports"),
+        BadInput("no supports", bad_argument(make, supports, lambda t: t[:, :0]), ValueError, "supports"),
+        BadInput(
+            "supports of several samples",
+            bad_argument(make, supports, lambda t: torch.stack((t, t))),
+            ValueError,
+            "supports",
+        ),
+        BadInput(
+            "projection of other supports", bad_argument(make, projection, lambda t: t[..., 1:]), ValueError, "projection"
+        ),
+        BadInput("33 bits", bad_argument(make, projection, lambda t: t.repeat(1, 9, 1)[:, :33]), ValueError, "projection"),
+        BadInput("no bits", bad_argument(make, projection, lambda t: t[:, :0]), ValueError, "projection"),
+        BadInput("mean of other supports", bad_argument(make, mean, lambda t: t[..., 1:]), ValueError, "mean"),
+        BadInput("mean of one head", bad_argument(make, mean, lambda t: t[:1]), ValueError, "mean"),
+        BadInput("no channels", bad_argument(make, qk, lambda t: t[..., :0]), ValueError, "qk"),
+        BadInput("qk of integers", bad_argument(make, qk, lambda t: t.int()), TypeError, "qk"),
         *(
             bad
             for name in ("supports", "projection", "mean")
             for bad in (
-                BadInput(f"{name} of another dtype", _bad(make, names[name], lambda t: t.double()), TypeError, name),
-                BadInput(f"{name} on another device", _bad(make, names[name], lambda t: t.to("meta")), ValueError, name),
+                BadInput(f"{name} of another dtype", bad_argument(make, names[name], lambda t: t.double()), TypeError, name),
+                BadInput(
+                    f"{name} on another device", bad_argument(make, names[name], lambda t: t.to("meta")), ValueError, name
+                ),
             )
         ),
         *_no_tensor(make, names),
@@ -245,45 +244,50 @@ def _bad_hash(make: Make, names: dict[str, int]) -> tuple[BadInput, ...]:
 
 def _bad_options(make: Make) -> tuple[BadInput, ...]:
     return (
-        BadInput("offset as small as the bits", _bad_keyword(make, offset=4), ValueError, "offset"),
-        BadInput("offset is NaN", _bad_keyword(make, offset=float("nan")), ValueError, "offset"),
-        BadInput("offset is infinite", _bad_keyword(make, offset=float("inf")), ValueError, "offset"),
-        BadInput("offset is another word", _bad_keyword(make, offset="power"), ValueError, "offset"),
-        BadInput("offset is a list", _bad_keyword(make, offset=[5.0]), TypeError, "offset"),
-        BadInput("self_term is another word", _bad_keyword(make, self_term="none"), ValueError, "self_term"),
-        BadInput("self_term is None", _bad_keyword(make, self_term=None), TypeError, "self_term"),
+        BadInput("offset as small as the bits", bad_keyword(make, offset=4), ValueError, "offset"),
+        BadInput("offset is NaN", bad_keyword(make, offset=float("nan")), ValueError, "offset"),
+        BadInput("offset is infinite", bad_keyword(make, offset=float("inf")), ValueError, "offset"),
+        BadInput("offset is another word", bad_keyword(make, offset="power"), ValueError, "offset"),
+        BadInput("offset is a list", bad_keyword(make, offset=[5.0]), TypeError, "offset"),
+        BadInput("self_term is another word", bad_keyword(make, self_term="none"), ValueError, "self_term"),
+        BadInput("self_term is None", bad_keyword(make, self_term=None), TypeError, "self_term"),
     )
 
 
 _HASH_BAD = _bad_hash(_SMALL_HASH, {"qk": 0, "supports": 1, "projection": 2, "mean": 3})
 
 _ATTENTION_BAD = (
-    BadInput("other heads of values", _bad(_SMALL_ATTENTION, 2, lambda t: t[:, 1:]), ValueError, "codes_k"),
+    BadInput("other heads of values", bad_argument(_SMALL_ATTENTION, 2, lambda t: t[:, 1:]), ValueError, "codes_k"),
     *(
         bad
         for position, name in enumerate(("codes_q", "codes_k"))
         for bad in (
-            BadInput(f"{name} of one sample", _bad(_SMALL_ATTENTION, position, lambda t: t[:1]), ValueError, name),
-            BadInput(f"{name} of fewer tokens", _bad(_SMALL_ATTENTION, position, lambda t: t[..., 1:]), ValueError, name),
-            BadInput(f"{name} of int64", _bad(_SMALL_ATTENTION, position, lambda t: t.long()), TypeError, name),
-            BadInput(f"{name} of floats", _bad(_SMALL_ATTENTION, position, lambda t: t.float()), TypeError, name),
+            BadInput(f"{name} of one sample", bad_argument(_SMALL_ATTENTION, position, lambda t: t[:1]), ValueError, name),
             BadInput(
-                f"{name} on another device", _bad(_SMALL_ATTENTION, position, lambda t: t.to("meta")), ValueError, name
+                f"{name} of fewer tokens", bad_argument(_SMALL_ATTENTION, position, lambda t: t[..., 1:]), ValueError, name
+            ),
+            BadInput(f"{name} of int64", bad_argument(_SMALL_ATTENTION, position, lambda t: t.long()), TypeError, name),
+            BadInput(f"{name} of floats", bad_argument(_SMALL_ATTENTION, position, lambda t: t.float()), TypeError, name),
+            BadInput(
+                f"{name} on another device",
+                bad_argument(_SMALL_ATTENTION, position, lambda t: t.to("meta")),
+                ValueError,
+                name,
             ),
         )
     ),
-    BadInput("v of integers", _bad(_SMALL_ATTENTION, 2, lambda t: t.int()), TypeError, "v"),
-    BadInput("no bits", _bad_keyword(_SMALL_ATTENTION, bits=0), ValueError, "bits"),
-    BadInput("33 bits", _bad_keyword(_SMALL_ATTENTION, bits=33), ValueError, "bits"),
-    BadInput("bits are a float", _bad_keyword(_SMALL_ATTENTION, bits=4.0), TypeError, "bits"),
+    BadInput("v of integers", bad_argument(_SMALL_ATTENTION, 2, lambda t: t.int()), TypeError, "v"),
+    BadInput("no bits", bad_keyword(_SMALL_ATTENTION, bits=0), ValueError, "bits"),
+    BadInput("33 bits", bad_keyword(_SMALL_ATTENTION, bits=33), ValueError, "bits"),
+    BadInput("bits are a float", bad_keyword(_SMALL_ATTENTION, bits=4.0), TypeError, "bits"),
     *_bad_options(_SMALL_ATTENTION),
     *_no_tensor(_SMALL_ATTENTION, {"codes_q": 0, "codes_k": 1, "v": 2}),
 )
 
 _ECOFORMER_BAD = (
-    BadInput("v of fewer tokens", _bad(_SMALL, 1, lambda t: t[:, :, 1:]), ValueError, "v"),
-    BadInput("v of another dtype", _bad(_SMALL, 1, lambda t: t.double()), TypeError, "v"),
-    BadInput("v on another device", _bad(_SMALL, 1, lambda t: t.to("meta")), ValueError, "v"),
+    BadInput("v of fewer tokens", bad_argument(_SMALL, 1, lambda t: t[:, :, 1:]), ValueError, "v"),
+    BadInput("v of another dtype", bad_argument(_SMALL, 1, lambda t: t.double()), TypeError, "v"),
+    BadInput("v on another device", bad_argument(_SMALL, 1, lambda t: t.to("meta")), ValueError, "v"),
     *_bad_options(_SMALL),
     *_bad_hash(_SMALL, {"qk": 0, "supports": 2, "projection": 3, "mean": 4}),
     *_no_tensor(_SMALL, {"v": 1}),

@@ -19,6 +19,9 @@ from mmkernels.cards.card import (
     Overhead,
     Sample,
     Target,
+    bad_argument,
+    bad_keyword,
+    bias_dtype,
     with_argument,
 )
 from mmkernels.ops import linear as ops
@@ -39,10 +42,6 @@ def _weight(rows: int, cols: int, device: torch.device, dtype: torch.dtype, g: t
     return _normal((rows, cols), device, dtype, g, max(1, cols) ** -0.5)
 
 
-def _bias_dtype(kept: str, dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if kept == "float32" and dtype != torch.float64 else dtype
-
-
 def _linear_call(
     leading: tuple[int, ...],
     cols: int,
@@ -59,7 +58,7 @@ def _linear_call(
         kwargs: dict[str, Any] = {} if activation is None else {"activation": activation}
         if residual is not None:
             kwargs["residual"] = _normal(residual, device, dtype, g)
-        return Call((x, weight, None if bias == "none" else _normal((rows,), device, _bias_dtype(bias, dtype), g)), kwargs)
+        return Call((x, weight, None if bias == "none" else _normal((rows,), device, bias_dtype(bias, dtype), g)), kwargs)
 
     return make
 
@@ -80,7 +79,7 @@ def _mlp_call(
     def make(device: torch.device, dtype: torch.dtype, g: torch.Generator) -> Call:
         x = _normal((*leading, cols), device, dtype, g)
         w_in, w_out = _weight(hidden, cols, device, dtype, g), _weight(rows, hidden, device, dtype, g)
-        kept = _bias_dtype(bias, dtype)
+        kept = bias_dtype(bias, dtype)
         biases = [_normal((size,), device, kept, g) for size in (hidden, rows, hidden)]
         kwargs: dict[str, Any] = {"activation": activation}
         if gated:
@@ -149,55 +148,43 @@ _MLP_SAMPLES = (
 
 
 # --- bad input ----------------------------------------------------------------------------------------------------------
-def _bad(call: Make, position: int, value: Callable[[Any], Any]) -> Callable[[torch.device], Call]:
-    return lambda device: with_argument(call, position, value)(device, torch.float32, torch.Generator())
-
-
-def _bad_keyword(call: Make, **changed: Any) -> Callable[[torch.device], Call]:
-    def make(device: torch.device) -> Call:
-        good = call(device, torch.float32, torch.Generator())
-        return Call(good.args, {**good.kwargs, **changed})
-
-    return make
-
-
 def _bad_inputs(call: Make, weights: dict[str, int], biases: dict[str, int]) -> tuple[BadInput, ...]:
     """`weights` and `biases`: positions by name."""
     return (
-        BadInput("x is a list", _bad(call, 0, lambda x: x.tolist()), TypeError, "x"),
-        BadInput("x of integers", _bad(call, 0, lambda x: x.int()), TypeError, "x"),
-        BadInput("x is sparse", _bad(call, 0, lambda x: x.to_sparse()), TypeError, "x"),
-        BadInput("x is a number", _bad(call, 0, lambda x: x.sum()), ValueError, "x"),
-        BadInput("x too narrow", _bad(call, 0, lambda x: x[..., 1:].contiguous()), ValueError, next(iter(weights))),
+        BadInput("x is a list", bad_argument(call, 0, lambda x: x.tolist()), TypeError, "x"),
+        BadInput("x of integers", bad_argument(call, 0, lambda x: x.int()), TypeError, "x"),
+        BadInput("x is sparse", bad_argument(call, 0, lambda x: x.to_sparse()), TypeError, "x"),
+        BadInput("x is a number", bad_argument(call, 0, lambda x: x.sum()), ValueError, "x"),
+        BadInput("x too narrow", bad_argument(call, 0, lambda x: x[..., 1:].contiguous()), ValueError, next(iter(weights))),
         *(
             bad
             for name, at in weights.items()
             for bad in (
-                BadInput(f"{name} is a vector", _bad(call, at, lambda w: w[0]), ValueError, name),
-                BadInput(f"{name} is a list", _bad(call, at, lambda w: w.tolist()), TypeError, name),
-                BadInput(f"{name} too narrow", _bad(call, at, lambda w: w[:, 1:]), ValueError, name),
-                BadInput(f"{name} is half beside float32", _bad(call, at, lambda w: w.half()), TypeError, name),
-                BadInput(f"{name} is int8", _bad(call, at, lambda w: w.to(torch.int8)), TypeError, name),
-                BadInput(f"{name} on another device", _bad(call, at, lambda w: w.to("meta")), ValueError, name),
-                BadInput(f"{name} is sparse", _bad(call, at, lambda w: w.to_sparse()), TypeError, name),
+                BadInput(f"{name} is a vector", bad_argument(call, at, lambda w: w[0]), ValueError, name),
+                BadInput(f"{name} is a list", bad_argument(call, at, lambda w: w.tolist()), TypeError, name),
+                BadInput(f"{name} too narrow", bad_argument(call, at, lambda w: w[:, 1:]), ValueError, name),
+                BadInput(f"{name} is half beside float32", bad_argument(call, at, lambda w: w.half()), TypeError, name),
+                BadInput(f"{name} is int8", bad_argument(call, at, lambda w: w.to(torch.int8)), TypeError, name),
+                BadInput(f"{name} on another device", bad_argument(call, at, lambda w: w.to("meta")), ValueError, name),
+                BadInput(f"{name} is sparse", bad_argument(call, at, lambda w: w.to_sparse()), TypeError, name),
             )
         ),
         *(
             bad
             for name, at in biases.items()
             for bad in (
-                BadInput(f"{name} too short", _bad(call, at, lambda b: b[1:]), ValueError, name),
-                BadInput(f"{name} is a matrix", _bad(call, at, lambda b: b[None]), ValueError, name),
-                BadInput(f"{name} is double beside float32", _bad(call, at, lambda b: b.double()), TypeError, name),
-                BadInput(f"{name} on another device", _bad(call, at, lambda b: b.to("meta")), ValueError, name),
+                BadInput(f"{name} too short", bad_argument(call, at, lambda b: b[1:]), ValueError, name),
+                BadInput(f"{name} is a matrix", bad_argument(call, at, lambda b: b[None]), ValueError, name),
+                BadInput(f"{name} is double beside float32", bad_argument(call, at, lambda b: b.double()), TypeError, name),
+                BadInput(f"{name} on another device", bad_argument(call, at, lambda b: b.to("meta")), ValueError, name),
             )
         ),
-        BadInput("an unknown activation", _bad_keyword(call, activation="swish"), ValueError, "activation"),
-        BadInput("activation is a function", _bad_keyword(call, activation=torch.relu), TypeError, "activation"),
-        BadInput("residual of another shape", _bad_keyword(call, residual=torch.zeros(3, 3)), ValueError, "residual"),
-        BadInput("residual of another dtype", _bad_keyword(call, residual=torch.zeros(6).double()), TypeError, "residual"),
-        BadInput("residual is a number", _bad_keyword(call, residual=1.0), TypeError, "residual"),
-        BadInput("residual elsewhere", _bad_keyword(call, residual=torch.zeros(6, device="meta")), ValueError, "residual"),
+        BadInput("an unknown activation", bad_keyword(call, activation="swish"), ValueError, "activation"),
+        BadInput("activation is a function", bad_keyword(call, activation=torch.relu), TypeError, "activation"),
+        BadInput("residual of another shape", bad_keyword(call, residual=torch.zeros(3, 3)), ValueError, "residual"),
+        BadInput("residual of another dtype", bad_keyword(call, residual=torch.zeros(6).double()), TypeError, "residual"),
+        BadInput("residual is a number", bad_keyword(call, residual=1.0), TypeError, "residual"),
+        BadInput("residual elsewhere", bad_keyword(call, residual=torch.zeros(6, device="meta")), ValueError, "residual"),
     )
 
 
@@ -207,7 +194,7 @@ def _packed(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
 
 _LINEAR_BAD = (
     *_bad_inputs(_linear_call((2, 5), 7, 6), {"weight": 1}, {"bias": 2}),
-    BadInput("bias beside a packed weight", _bad(_linear_call((2, 5), 7, 6), 1, _packed), ValueError, "bias"),
+    BadInput("bias beside a packed weight", bad_argument(_linear_call((2, 5), 7, 6), 1, _packed), ValueError, "bias"),
     BadInput(
         "packed for another dtype",
         lambda device: Call((torch.zeros(2, 7, device=device), pack_linear(torch.zeros(6, 7, device=device).bfloat16()))),
@@ -218,10 +205,10 @@ _LINEAR_BAD = (
 _GATED = _mlp_call((2, 5), 7, 11, 6, gated=True)
 _MLP_BAD = (
     *_bad_inputs(_mlp_call((2, 5), 7, 11, 6), {"w_in": 1, "w_out": 2}, {"b_in": 3, "b_out": 4}),
-    BadInput("w_gate of another shape", _bad_keyword(_GATED, w_gate=torch.zeros(12, 7)), ValueError, "w_gate"),
-    BadInput("w_gate is a number", _bad_keyword(_GATED, w_gate=1.0), TypeError, "w_gate"),
-    BadInput("b_gate too short", _bad_keyword(_GATED, b_gate=torch.zeros(10)), ValueError, "b_gate"),
-    BadInput("b_gate without w_gate", _bad_keyword(_GATED, w_gate=None), ValueError, "b_gate"),
+    BadInput("w_gate of another shape", bad_keyword(_GATED, w_gate=torch.zeros(12, 7)), ValueError, "w_gate"),
+    BadInput("w_gate is a number", bad_keyword(_GATED, w_gate=1.0), TypeError, "w_gate"),
+    BadInput("b_gate too short", bad_keyword(_GATED, b_gate=torch.zeros(10)), ValueError, "b_gate"),
+    BadInput("b_gate without w_gate", bad_keyword(_GATED, w_gate=None), ValueError, "b_gate"),
 )
 
 

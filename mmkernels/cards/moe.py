@@ -9,7 +9,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmkernels.cards.card import BadInput, BenchCase, Call, Card, Cost, Make, Sample, Target, with_argument
+from mmkernels.cards.card import (
+    BadInput,
+    BenchCase,
+    Call,
+    Card,
+    Cost,
+    Make,
+    Sample,
+    Target,
+    bad_argument,
+    bad_keyword,
+    bias_dtype,
+    with_argument,
+)
 from mmkernels.ops import moe as ops
 from mmkernels.ops.packed_linear import DTYPES, pack_linear
 from mmkernels.reference import moe as reference
@@ -24,10 +37,6 @@ def _normal(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, g:
     """Of the scale of a layer with as many inputs as the last dimension has."""
     scale = max(1, shape[-1]) ** -0.5 if len(shape) == 3 else 1.0
     return (scale * torch.randn(shape, generator=g)).to(device=device, dtype=dtype)
-
-
-def _bias_dtype(kept: str, dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if kept == "float32" and dtype != torch.float64 else dtype
 
 
 def _ids(shape: tuple[int, ...], experts: int, spread: str, g: torch.Generator) -> Tensor:
@@ -64,7 +73,7 @@ def _moe_call(
         weights = torch.rand((tokens, slots), generator=g).to(device=device, dtype=wide)
         w_in = _normal((experts, hidden, channels), device, dtype, g)
         w_out = _normal((experts, outputs, hidden), device, dtype, g)
-        kept = _bias_dtype(bias, dtype)
+        kept = bias_dtype(bias, dtype)
         biases = [_normal((experts, size), device, kept, g) for size in (hidden, outputs, hidden)]
         kwargs: dict[str, Any] = {"activation": activation}
         if gated:
@@ -88,7 +97,7 @@ def _grouped_call(
         x = torch.randn((*leading, channels), generator=g).to(device=device, dtype=dtype)
         ids = _ids(leading, groups, spread, g).to(device)
         weight = _normal((groups, outputs, channels), device, dtype, g)
-        kept = None if bias == "none" else _normal((groups, outputs), device, _bias_dtype(bias, dtype), g)
+        kept = None if bias == "none" else _normal((groups, outputs), device, bias_dtype(bias, dtype), g)
         return Call((x, ids, weight, kept))
 
     return make
@@ -165,18 +174,6 @@ _GROUPED_SAMPLES = (
 
 
 # --- bad input ----------------------------------------------------------------------------------------------------------
-def _bad(call: Make, position: int, value: Callable[[Any], Any]) -> Callable[[torch.device], Call]:
-    return lambda device: with_argument(call, position, value)(device, torch.float32, torch.Generator())
-
-
-def _bad_keyword(call: Make, **changed: Any) -> Callable[[torch.device], Call]:
-    def make(device: torch.device) -> Call:
-        good = call(device, torch.float32, torch.Generator())
-        return Call(good.args, {**good.kwargs, **changed})
-
-    return make
-
-
 def _routing(**changed: Any) -> Callable[[Routing], Routing]:
     def change(routing: Routing) -> Routing:
         return Routing(**{**{name: getattr(routing, name) for name in routing.__dataclass_fields__}, **changed})
@@ -186,55 +183,62 @@ def _routing(**changed: Any) -> Callable[[Routing], Routing]:
 
 def _bad_weight(call: Make, position: int, name: str) -> tuple[BadInput, ...]:
     return (
-        BadInput(f"{name} is a list", _bad(call, position, lambda w: w.tolist()), TypeError, name),
-        BadInput(f"{name} is a matrix", _bad(call, position, lambda w: w[0]), ValueError, name),
-        BadInput(f"{name} of another dtype", _bad(call, position, lambda w: w.double()), TypeError, name),
-        BadInput(f"{name} on another device", _bad(call, position, lambda w: w.to("meta")), ValueError, name),
+        BadInput(f"{name} is a list", bad_argument(call, position, lambda w: w.tolist()), TypeError, name),
+        BadInput(f"{name} is a matrix", bad_argument(call, position, lambda w: w[0]), ValueError, name),
+        BadInput(f"{name} of another dtype", bad_argument(call, position, lambda w: w.double()), TypeError, name),
+        BadInput(f"{name} on another device", bad_argument(call, position, lambda w: w.to("meta")), ValueError, name),
     )
 
 
 _MOE_BAD = (
-    BadInput("x is a list", _bad(_SMALL, 0, lambda x: x.tolist()), TypeError, "x"),
-    BadInput("x of integers", _bad(_SMALL, 0, lambda x: x.int()), TypeError, "x"),
-    BadInput("x is a number", _bad(_SMALL, 0, lambda x: x.sum()), ValueError, "x"),
-    BadInput("x too narrow", _bad(_SMALL, 0, lambda x: x[..., 1:]), ValueError, "w_in"),
-    BadInput("routing is a tensor", _bad(_SMALL, 1, lambda routing: routing.expert_ids), TypeError, "routing"),
+    BadInput("x is a list", bad_argument(_SMALL, 0, lambda x: x.tolist()), TypeError, "x"),
+    BadInput("x of integers", bad_argument(_SMALL, 0, lambda x: x.int()), TypeError, "x"),
+    BadInput("x is a number", bad_argument(_SMALL, 0, lambda x: x.sum()), ValueError, "x"),
+    BadInput("x too narrow", bad_argument(_SMALL, 0, lambda x: x[..., 1:]), ValueError, "w_in"),
+    BadInput("routing is a tensor", bad_argument(_SMALL, 1, lambda routing: routing.expert_ids), TypeError, "routing"),
     BadInput(
         "routing of fewer tokens",
-        _bad(_SMALL, 1, _routing(expert_ids=torch.zeros(3, 2, dtype=torch.int64))),
+        bad_argument(_SMALL, 1, _routing(expert_ids=torch.zeros(3, 2, dtype=torch.int64))),
         ValueError,
         "routing",
     ),
-    BadInput("weights of another shape", _bad(_SMALL, 1, _routing(weights=torch.zeros(10, 3))), ValueError, "routing"),
+    BadInput(
+        "weights of another shape", bad_argument(_SMALL, 1, _routing(weights=torch.zeros(10, 3))), ValueError, "routing"
+    ),
     *_bad_weight(_SMALL, 2, "w_in"),
     *_bad_weight(_SMALL, 3, "w_out"),
-    BadInput("w_out of fewer experts", _bad(_SMALL, 3, lambda w: w[:3]), ValueError, "w_out"),
-    BadInput("w_gate of another shape", _bad_keyword(_GATED, w_gate=torch.zeros(4, 12, 7)), ValueError, "w_gate"),
-    BadInput("b_in too short", _bad(_SMALL, 4, lambda b: b[:, 1:]), ValueError, "b_in"),
-    BadInput("b_in a vector", _bad(_SMALL, 4, lambda b: b[0]), ValueError, "b_in"),
-    BadInput("b_out is a list", _bad(_SMALL, 5, lambda b: b.tolist()), TypeError, "b_out"),
-    BadInput("b_out of another dtype", _bad(_SMALL, 5, lambda b: b.double()), TypeError, "b_out"),
-    BadInput("b_gate without w_gate", _bad_keyword(_SMALL, b_gate=torch.zeros(4, 11)), ValueError, "b_gate"),
-    BadInput("an unknown activation", _bad_keyword(_SMALL, activation="swish"), ValueError, "activation"),
-    BadInput("residual of another shape", _bad_keyword(_SMALL, residual=torch.zeros(2, 5, 7)), ValueError, "residual"),
+    BadInput("w_out of fewer experts", bad_argument(_SMALL, 3, lambda w: w[:3]), ValueError, "w_out"),
+    BadInput("w_gate of another shape", bad_keyword(_GATED, w_gate=torch.zeros(4, 12, 7)), ValueError, "w_gate"),
+    BadInput("b_in too short", bad_argument(_SMALL, 4, lambda b: b[:, 1:]), ValueError, "b_in"),
+    BadInput("b_in a vector", bad_argument(_SMALL, 4, lambda b: b[0]), ValueError, "b_in"),
+    BadInput("b_out is a list", bad_argument(_SMALL, 5, lambda b: b.tolist()), TypeError, "b_out"),
+    BadInput("b_out of another dtype", bad_argument(_SMALL, 5, lambda b: b.double()), TypeError, "b_out"),
+    BadInput("b_gate without w_gate", bad_keyword(_SMALL, b_gate=torch.zeros(4, 11)), ValueError, "b_gate"),
+    BadInput("an unknown activation", bad_keyword(_SMALL, activation="swish"), ValueError, "activation"),
+    BadInput("residual of another shape", bad_keyword(_SMALL, residual=torch.zeros(2, 5, 7)), ValueError, "residual"),
     BadInput(
-        "residual of another dtype", _bad_keyword(_SMALL, residual=torch.zeros(2, 5, 6).double()), TypeError, "residual"
+        "residual of another dtype", bad_keyword(_SMALL, residual=torch.zeros(2, 5, 6).double()), TypeError, "residual"
     ),
     BadInput(
-        "half of a lora", _bad_keyword(_SMALL, lora=ops.ExpertLora(1.0, down_in=torch.zeros(4, 2, 7))), ValueError, "lora"
+        "half of a lora", bad_keyword(_SMALL, lora=ops.ExpertLora(1.0, down_in=torch.zeros(4, 2, 7))), ValueError, "lora"
     ),
 )
 _GROUPED_BAD = (
-    BadInput("x is a list", _bad(_GROUPED_SMALL, 0, lambda x: x.tolist()), TypeError, "x"),
-    BadInput("x too narrow", _bad(_GROUPED_SMALL, 0, lambda x: x[..., 1:]), ValueError, "weight"),
-    BadInput("group_ids of floats", _bad(_GROUPED_SMALL, 1, lambda ids: ids.float()), TypeError, "group_ids"),
-    BadInput("group_ids of fewer tokens", _bad(_GROUPED_SMALL, 1, lambda ids: ids[:1]), ValueError, "group_ids"),
-    BadInput("group_ids on another device", _bad(_GROUPED_SMALL, 1, lambda ids: ids.to("meta")), ValueError, "group_ids"),
-    *_bad_weight(_GROUPED_SMALL, 2, "weight"),
-    BadInput("bias too short", _bad(_GROUPED_SMALL, 3, lambda b: b[:, 1:]), ValueError, "bias"),
-    BadInput("bias is a list", _bad(_GROUPED_SMALL, 3, lambda b: b.tolist()), TypeError, "bias"),
+    BadInput("x is a list", bad_argument(_GROUPED_SMALL, 0, lambda x: x.tolist()), TypeError, "x"),
+    BadInput("x too narrow", bad_argument(_GROUPED_SMALL, 0, lambda x: x[..., 1:]), ValueError, "weight"),
+    BadInput("group_ids of floats", bad_argument(_GROUPED_SMALL, 1, lambda ids: ids.float()), TypeError, "group_ids"),
+    BadInput("group_ids of fewer tokens", bad_argument(_GROUPED_SMALL, 1, lambda ids: ids[:1]), ValueError, "group_ids"),
     BadInput(
-        "bias beside a packed weight", _bad(_GROUPED_SMALL, 2, lambda w: pack_linear(w.contiguous())), ValueError, "bias"
+        "group_ids on another device", bad_argument(_GROUPED_SMALL, 1, lambda ids: ids.to("meta")), ValueError, "group_ids"
+    ),
+    *_bad_weight(_GROUPED_SMALL, 2, "weight"),
+    BadInput("bias too short", bad_argument(_GROUPED_SMALL, 3, lambda b: b[:, 1:]), ValueError, "bias"),
+    BadInput("bias is a list", bad_argument(_GROUPED_SMALL, 3, lambda b: b.tolist()), TypeError, "bias"),
+    BadInput(
+        "bias beside a packed weight",
+        bad_argument(_GROUPED_SMALL, 2, lambda w: pack_linear(w.contiguous())),
+        ValueError,
+        "bias",
     ),
 )
 

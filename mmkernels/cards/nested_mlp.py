@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmkernels.cards.card import BadInput, BenchCase, Call, Card, Cost, Make, Sample, Target, with_argument
+from mmkernels.cards.card import (
+    BadInput,
+    BenchCase,
+    Call,
+    Card,
+    Cost,
+    Make,
+    Sample,
+    Target,
+    bad_argument,
+    bad_keyword,
+    with_argument,
+)
 from mmkernels.ops import nested_mlp as ops
 from mmkernels.ops.linear import MLP_BACKENDS
 from mmkernels.ops.packed_linear import DTYPES
@@ -49,18 +60,6 @@ _SAMPLES = (
 )
 
 
-def _bad(position: int, value: Callable[[Any], Any]) -> Callable[[torch.device], Call]:
-    return lambda device: with_argument(_SMALL, position, value)(device, torch.float32, torch.Generator())
-
-
-def _bad_keyword(**changed: Any) -> Callable[[torch.device], Call]:
-    def make(device: torch.device) -> Call:
-        good = _SMALL(device, torch.float32, torch.Generator())
-        return Call(good.args, {**good.kwargs, **changed})
-
-    return make
-
-
 def _eager(x: Tensor, width: int, w_in: Tensor, w_out: Tensor, *, w_gate: Tensor, activation: str) -> Tensor:
     hidden = activate(F.linear(x, w_gate[:width]), activation) * F.linear(x, w_in[:width])
     return F.linear(hidden, w_out[:, :width])
@@ -94,18 +93,18 @@ CARDS = (
         backends=MLP_BACKENDS,
         samples=_SAMPLES,
         bad_inputs=(
-            BadInput("x is a list", _bad(0, lambda x: x.tolist()), TypeError, "x"),
-            BadInput("width beyond the hidden units", _bad(1, lambda _: 13), ValueError, "width"),
-            BadInput("negative width", _bad(1, lambda _: -1), ValueError, "width"),
-            BadInput("width is a float", _bad(1, lambda _: 5.0), TypeError, "width"),
-            BadInput("w_in is a list", _bad(2, lambda w: w.tolist()), TypeError, "w_in"),
-            BadInput("w_in of other channels", _bad(2, lambda w: w[:, 1:]), ValueError, "w_in"),
-            BadInput("w_out of other units", _bad(3, lambda w: w[:, 1:]), ValueError, "w_out"),
-            BadInput("w_gate of another shape", _bad_keyword(w_gate=torch.zeros(11, 8)), ValueError, "w_gate"),
-            BadInput("an unknown activation", _bad_keyword(activation="swish"), ValueError, "activation"),
+            BadInput("x is a list", bad_argument(_SMALL, 0, lambda x: x.tolist()), TypeError, "x"),
+            BadInput("width beyond the hidden units", bad_argument(_SMALL, 1, lambda _: 13), ValueError, "width"),
+            BadInput("negative width", bad_argument(_SMALL, 1, lambda _: -1), ValueError, "width"),
+            BadInput("width is a float", bad_argument(_SMALL, 1, lambda _: 5.0), TypeError, "width"),
+            BadInput("w_in is a list", bad_argument(_SMALL, 2, lambda w: w.tolist()), TypeError, "w_in"),
+            BadInput("w_in of other channels", bad_argument(_SMALL, 2, lambda w: w[:, 1:]), ValueError, "w_in"),
+            BadInput("w_out of other units", bad_argument(_SMALL, 3, lambda w: w[:, 1:]), ValueError, "w_out"),
+            BadInput("w_gate of another shape", bad_keyword(_SMALL, w_gate=torch.zeros(11, 8)), ValueError, "w_gate"),
+            BadInput("an unknown activation", bad_keyword(_SMALL, activation="swish"), ValueError, "activation"),
             BadInput(
                 "activation on no product",
-                _bad_keyword(w_gate=None, activation_on_product=True),
+                bad_keyword(_SMALL, w_gate=None, activation_on_product=True),
                 ValueError,
                 "activation_on_product",
             ),

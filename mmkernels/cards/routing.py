@@ -8,7 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkernels.cards.card import BadInput, BenchCase, Call, Card, Cost, Make, Overhead, Sample, Target, with_argument
+from mmkernels.cards.card import (
+    BadInput,
+    BenchCase,
+    Call,
+    Card,
+    Cost,
+    Make,
+    Overhead,
+    Sample,
+    Target,
+    bad_argument,
+    bad_keyword,
+    with_argument,
+)
 from mmkernels.ops import routing as ops
 from mmkernels.ops.packed_linear import DTYPES
 from mmkernels.reference import routing as reference
@@ -93,48 +106,37 @@ _SAMPLES = (
 
 
 # --- bad input ----------------------------------------------------------------------------------------------------------
-def _bad(value: Callable[[Tensor], Any]) -> Callable[[torch.device], Call]:
-    return lambda device: with_argument(_SMALL, 0, value)(device, torch.float32, torch.Generator())
-
-
-def _bad_keyword(**changed: Any) -> Callable[[torch.device], Call]:
-    def make(device: torch.device) -> Call:
-        good = _SMALL(device, torch.float32, torch.Generator())
-        top_k = changed.get("top_k", good.args[1])
-        return Call((good.args[0], top_k), {name: value for name, value in changed.items() if name != "top_k"})
-
-    return make
-
-
 _BAD = (
-    BadInput("logits is a list", _bad(lambda x: x.tolist()), TypeError, "logits"),
-    BadInput("logits of integers", _bad(lambda x: x.int()), TypeError, "logits"),
-    BadInput("logits of one dimension", _bad(lambda x: x[0]), ValueError, "logits"),
-    BadInput("no experts", _bad(lambda x: x[:, :0]), ValueError, "logits"),
-    BadInput("top_k of zero", _bad_keyword(top_k=0), ValueError, "top_k"),
-    BadInput("top_k beyond the experts", _bad_keyword(top_k=6), ValueError, "top_k"),
-    BadInput("top_k is a float", _bad_keyword(top_k=2.0), TypeError, "top_k"),
-    BadInput("an unknown kind", _bad_keyword(kind="topk"), ValueError, "kind"),
-    BadInput("kind is a number", _bad_keyword(kind=1), TypeError, "kind"),
-    BadInput("negative capacity", _bad_keyword(capacity=-1), ValueError, "capacity"),
-    BadInput("capacity is a float", _bad_keyword(capacity=1.5), TypeError, "capacity"),
-    BadInput("capacity twice", _bad_keyword(capacity=2, capacity_factor=1.0), ValueError, "capacity_factor"),
-    BadInput("negative capacity factor", _bad_keyword(capacity_factor=-0.5), ValueError, "capacity_factor"),
-    BadInput("top_p above 1", _bad_keyword(top_p=1.5), ValueError, "top_p"),
-    BadInput("top_p is a name", _bad_keyword(top_p="half"), TypeError, "top_p"),
-    BadInput("groups that do not divide", _bad_keyword(num_groups=2), ValueError, "num_groups"),
-    BadInput("more groups than there are", _bad_keyword(num_groups=5, top_groups=6), ValueError, "top_groups"),
-    BadInput("an unknown group score", _bad_keyword(group_score="mean"), ValueError, "group_score"),
-    BadInput("selection of another length", _bad_keyword(selection=torch.zeros(4)), ValueError, "selection"),
-    BadInput("selection of another dtype", _bad_keyword(selection=torch.zeros(5).double()), TypeError, "selection"),
-    BadInput("selection is a list", _bad_keyword(selection=[0.0] * 5), TypeError, "selection"),
-    BadInput("group_size for tokens", _bad_keyword(group_size=7), ValueError, "group_size"),
-    BadInput("group_size that does not divide", _bad_keyword(kind="expert_choice", group_size=3), ValueError, "group_size"),
-    BadInput("top_p for experts", _bad_keyword(kind="expert_choice", top_p=0.5), ValueError, "top_p"),
-    BadInput("noise without a deviation", _bad_keyword(kind="noisy_topk"), ValueError, "noise_std"),
-    BadInput("deviation of another shape", _bad_keyword(noise_std=torch.ones(5)), ValueError, "noise_std"),
-    BadInput("noise of another shape", _bad_keyword(noise_std=1.0, noise=torch.ones(5)), ValueError, "noise"),
-    BadInput("noise is a number", _bad_keyword(noise_std=1.0, noise=1.0), TypeError, "noise"),
+    BadInput("logits is a list", bad_argument(_SMALL, 0, lambda x: x.tolist()), TypeError, "logits"),
+    BadInput("logits of integers", bad_argument(_SMALL, 0, lambda x: x.int()), TypeError, "logits"),
+    BadInput("logits of one dimension", bad_argument(_SMALL, 0, lambda x: x[0]), ValueError, "logits"),
+    BadInput("no experts", bad_argument(_SMALL, 0, lambda x: x[:, :0]), ValueError, "logits"),
+    BadInput("top_k of zero", bad_argument(_SMALL, 1, lambda _: 0), ValueError, "top_k"),
+    BadInput("top_k beyond the experts", bad_argument(_SMALL, 1, lambda _: 6), ValueError, "top_k"),
+    BadInput("top_k is a float", bad_argument(_SMALL, 1, lambda _: 2.0), TypeError, "top_k"),
+    BadInput("an unknown kind", bad_keyword(_SMALL, kind="topk"), ValueError, "kind"),
+    BadInput("kind is a number", bad_keyword(_SMALL, kind=1), TypeError, "kind"),
+    BadInput("negative capacity", bad_keyword(_SMALL, capacity=-1), ValueError, "capacity"),
+    BadInput("capacity is a float", bad_keyword(_SMALL, capacity=1.5), TypeError, "capacity"),
+    BadInput("capacity twice", bad_keyword(_SMALL, capacity=2, capacity_factor=1.0), ValueError, "capacity_factor"),
+    BadInput("negative capacity factor", bad_keyword(_SMALL, capacity_factor=-0.5), ValueError, "capacity_factor"),
+    BadInput("top_p above 1", bad_keyword(_SMALL, top_p=1.5), ValueError, "top_p"),
+    BadInput("top_p is a name", bad_keyword(_SMALL, top_p="half"), TypeError, "top_p"),
+    BadInput("groups that do not divide", bad_keyword(_SMALL, num_groups=2), ValueError, "num_groups"),
+    BadInput("more groups than there are", bad_keyword(_SMALL, num_groups=5, top_groups=6), ValueError, "top_groups"),
+    BadInput("an unknown group score", bad_keyword(_SMALL, group_score="mean"), ValueError, "group_score"),
+    BadInput("selection of another length", bad_keyword(_SMALL, selection=torch.zeros(4)), ValueError, "selection"),
+    BadInput("selection of another dtype", bad_keyword(_SMALL, selection=torch.zeros(5).double()), TypeError, "selection"),
+    BadInput("selection is a list", bad_keyword(_SMALL, selection=[0.0] * 5), TypeError, "selection"),
+    BadInput("group_size for tokens", bad_keyword(_SMALL, group_size=7), ValueError, "group_size"),
+    BadInput(
+        "group_size that does not divide", bad_keyword(_SMALL, kind="expert_choice", group_size=3), ValueError, "group_size"
+    ),
+    BadInput("top_p for experts", bad_keyword(_SMALL, kind="expert_choice", top_p=0.5), ValueError, "top_p"),
+    BadInput("noise without a deviation", bad_keyword(_SMALL, kind="noisy_topk"), ValueError, "noise_std"),
+    BadInput("deviation of another shape", bad_keyword(_SMALL, noise_std=torch.ones(5)), ValueError, "noise_std"),
+    BadInput("noise of another shape", bad_keyword(_SMALL, noise_std=1.0, noise=torch.ones(5)), ValueError, "noise"),
+    BadInput("noise is a number", bad_keyword(_SMALL, noise_std=1.0, noise=1.0), TypeError, "noise"),
 )
 
 

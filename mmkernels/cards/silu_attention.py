@@ -20,6 +20,8 @@ from mmkernels.cards.card import (
     Overhead,
     Sample,
     Target,
+    bad_argument,
+    bad_keyword,
     with_argument,
 )
 from mmkernels.ops import silu_attention as ops
@@ -112,50 +114,38 @@ _SAMPLES = (
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
-def _bad(position: int, value: Callable[[Tensor], Any]) -> Callable[[torch.device], Call]:
-    return lambda device: with_argument(_SMALL, position, value)(device, torch.float32, torch.Generator())
-
-
-def _bad_keyword(**changed: Any) -> Callable[[torch.device], Call]:
-    def make(device: torch.device) -> Call:
-        good = _SMALL(device, torch.float32, torch.Generator())
-        return Call(good.args, {**good.kwargs, **changed})
-
-    return make
-
-
 _BAD = (
-    BadInput("x of another length", _bad(0, lambda t: t[..., 1:]), ValueError, "keys"),
+    BadInput("x of another length", bad_argument(_SMALL, 0, lambda t: t[..., 1:]), ValueError, "keys"),
     *(
         bad
         for position, name in enumerate(("x", "keys", "values"))
         for bad in (
-            BadInput(f"{name} is a matrix", _bad(position, lambda t: t[0]), ValueError, name),
-            BadInput(f"{name} has four dimensions", _bad(position, lambda t: t[None]), ValueError, name),
-            BadInput(f"{name} of integers", _bad(position, lambda t: t.int()), TypeError, name),
-            BadInput(f"{name} is a list", _bad(position, lambda t: t.tolist()), TypeError, name),
-            BadInput(f"{name} is None", _bad(position, lambda t: None), TypeError, name),
-            BadInput(f"{name} is sparse", _bad(position, lambda t: t.to_sparse()), TypeError, name),
+            BadInput(f"{name} is a matrix", bad_argument(_SMALL, position, lambda t: t[0]), ValueError, name),
+            BadInput(f"{name} has four dimensions", bad_argument(_SMALL, position, lambda t: t[None]), ValueError, name),
+            BadInput(f"{name} of integers", bad_argument(_SMALL, position, lambda t: t.int()), TypeError, name),
+            BadInput(f"{name} is a list", bad_argument(_SMALL, position, lambda t: t.tolist()), TypeError, name),
+            BadInput(f"{name} is None", bad_argument(_SMALL, position, lambda t: None), TypeError, name),
+            BadInput(f"{name} is sparse", bad_argument(_SMALL, position, lambda t: t.to_sparse()), TypeError, name),
         )
     ),
     *(
         bad
         for position, name in enumerate(("keys", "values"), 1)
         for bad in (
-            BadInput(f"{name} of another batch", _bad(position, lambda t: t[:1]), ValueError, name),
-            BadInput(f"{name} of another dtype", _bad(position, lambda t: t.double()), TypeError, name),
-            BadInput(f"{name} on another device", _bad(position, lambda t: t.to("meta")), ValueError, name),
+            BadInput(f"{name} of another batch", bad_argument(_SMALL, position, lambda t: t[:1]), ValueError, name),
+            BadInput(f"{name} of another dtype", bad_argument(_SMALL, position, lambda t: t.double()), TypeError, name),
+            BadInput(f"{name} on another device", bad_argument(_SMALL, position, lambda t: t.to("meta")), ValueError, name),
         )
     ),
-    BadInput("keys too narrow", _bad(1, lambda t: t[..., :3]), ValueError, "keys"),
-    BadInput("values of fewer keys", _bad(2, lambda t: t[:, 1:]), ValueError, "values"),
-    BadInput("drop_ratio of 1", _bad_keyword(drop_ratio=1.0), ValueError, "drop_ratio"),
-    BadInput("drop_ratio below 0", _bad_keyword(drop_ratio=-0.1), ValueError, "drop_ratio"),
-    BadInput("drop_ratio is NaN", _bad_keyword(drop_ratio=float("nan")), ValueError, "drop_ratio"),
-    BadInput("drop_ratio is a string", _bad_keyword(drop_ratio="0.1"), TypeError, "drop_ratio"),
-    BadInput("key_is_activated is an int", _bad_keyword(key_is_activated=1), TypeError, "key_is_activated"),
-    BadInput("scale is None", _bad_keyword(scale=None), TypeError, "scale"),
-    BadInput("scale is a huge int", _bad_keyword(scale=10**400), ValueError, "scale"),
+    BadInput("keys too narrow", bad_argument(_SMALL, 1, lambda t: t[..., :3]), ValueError, "keys"),
+    BadInput("values of fewer keys", bad_argument(_SMALL, 2, lambda t: t[:, 1:]), ValueError, "values"),
+    BadInput("drop_ratio of 1", bad_keyword(_SMALL, drop_ratio=1.0), ValueError, "drop_ratio"),
+    BadInput("drop_ratio below 0", bad_keyword(_SMALL, drop_ratio=-0.1), ValueError, "drop_ratio"),
+    BadInput("drop_ratio is NaN", bad_keyword(_SMALL, drop_ratio=float("nan")), ValueError, "drop_ratio"),
+    BadInput("drop_ratio is a string", bad_keyword(_SMALL, drop_ratio="0.1"), TypeError, "drop_ratio"),
+    BadInput("key_is_activated is an int", bad_keyword(_SMALL, key_is_activated=1), TypeError, "key_is_activated"),
+    BadInput("scale is None", bad_keyword(_SMALL, scale=None), TypeError, "scale"),
+    BadInput("scale is a huge int", bad_keyword(_SMALL, scale=10**400), ValueError, "scale"),
 )
 
 
