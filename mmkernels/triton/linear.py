@@ -24,7 +24,7 @@ _OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
 
 @triton.jit
-def _activate(x, ACTIVATION: tl.constexpr):
+def activate(x, ACTIVATION: tl.constexpr):
     """(activation, derivative) of float32 x, by the names of reference.ACTIVATIONS. NaN stays NaN.
 
     (1 + tanh(u)) / 2 is sigmoid(2 u), so that gelu_tanh needs neither tanh nor a difference of nearly equal numbers.
@@ -55,7 +55,7 @@ def glu_kernel(gate, up, hidden, elements, ACTIVATION: tl.constexpr, BLOCK: tl.c
     """hidden = activation(gate) * up; grid: (cdiv(elements, BLOCK),)."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < elements
-    value, _ = _activate(tl.load(gate + i, mask=inside, other=0.0).to(tl.float32), ACTIVATION)
+    value, _ = activate(tl.load(gate + i, mask=inside, other=0.0).to(tl.float32), ACTIVATION)
     value *= tl.load(up + i, mask=inside, other=0.0).to(tl.float32)
     tl.store(hidden + i, value.to(hidden.dtype.element_ty), mask=inside)
 
@@ -77,7 +77,7 @@ def glu_backward_kernel(
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < elements
     upstream = tl.load(grad_hidden + i, mask=inside, other=0.0).to(tl.float32)
-    value, slope = _activate(tl.load(gate + i, mask=inside, other=0.0).to(tl.float32), ACTIVATION)
+    value, slope = activate(tl.load(gate + i, mask=inside, other=0.0).to(tl.float32), ACTIVATION)
     factor = tl.load(up + i, mask=inside, other=0.0).to(tl.float32)
     tl.store(grad_gate + i, (upstream * factor * slope).to(grad_gate.dtype.element_ty), mask=inside)
     tl.store(grad_up + i, (upstream * value).to(grad_up.dtype.element_ty), mask=inside)
