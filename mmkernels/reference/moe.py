@@ -62,8 +62,8 @@ def moe_mlp(
 ) -> Tensor:
     """out[t] = sum_k weights[t, k] f_e(x[t]) + residual[t] with e = expert_ids[t, k], unused slots left out, and
     f_e(x) = h W_out[e]^T + b_out[e], h as in mmkernels.mlp."""
-    tokens = x.reshape(-1, x.size(-1))
     ids = routing.expert_ids
+    tokens = x.reshape(ids.size(0), x.size(-1))
     slots = tokens.new_zeros((*ids.shape, w_out.size(1)))
     for expert in range(w_in.size(0)):
         token, slot = torch.nonzero(ids == expert, as_tuple=True)
@@ -77,18 +77,24 @@ def moe_mlp(
             hidden = activate(affine(chosen, w_gate[expert], _expert(b_gate, expert)), activation) * up
         slots = slots.index_put((token, slot), affine(hidden, w_out[expert], _expert(b_out, expert)))
     weights = routing.weights.masked_fill(ids < 0, 0)
-    out = torch.where((ids < 0)[..., None], 0, slots * weights[..., None]).sum(1).to(x.dtype).view(*x.shape[:-1], -1)
+    out = (
+        torch.where((ids < 0)[..., None], 0, slots * weights[..., None])
+        .sum(1)
+        .to(x.dtype)
+        .view(*x.shape[:-1], w_out.size(1))
+    )
     return out if residual is None else out + residual
 
 
 def grouped_linear(x: Tensor, group_ids: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x[t] W[g]^T + bias[g] with g = group_ids[t]; 0 where that is -1."""
-    tokens, ids = x.reshape(-1, x.size(-1)), group_ids.reshape(-1)
+    ids = group_ids.reshape(-1)
+    tokens = x.reshape(ids.numel(), x.size(-1))
     out = tokens.new_zeros((tokens.size(0), weight.size(1)))
     for group in range(weight.size(0)):
         token = torch.nonzero(ids == group)[:, 0]
         out = out.index_put((token,), affine(tokens[token], weight[group], _expert(bias, group)))
-    return out.view(*x.shape[:-1], -1)
+    return out.view(*x.shape[:-1], weight.size(1))
 
 
 # --- the operators' own signatures ----------------------------------------------------------------------------------------

@@ -37,9 +37,11 @@ def activate(x, ACTIVATION: tl.constexpr):
         value = x * share
         slope = share + x * (0.3989422804014327 * tl.exp(-0.5 * x * x))
     elif ACTIVATION == "gelu_tanh":
-        share = tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+        u = 1.5957691216057308 * (x + 0.044715 * x * x * x)
+        share = tl.sigmoid(u)
         value = x * share
-        slope = share + x * (share * (1.0 - share)) * (1.5957691216057308 * (1.0 + 0.134145 * x * x))
+        # 1 - share loses digits where the factor after it is large.
+        slope = share + x * (share * tl.sigmoid(-u)) * (1.5957691216057308 * (1.0 + 0.134145 * x * x))
     elif ACTIVATION == "silu":
         share = tl.sigmoid(x)
         value = x * share

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mmkernels.reference.linear import ACTIVATIONS
 from mmkernels.reference.moe import moe_needs
+from mmkernels.triton import attention_launch as launch
 from mmkernels.triton import moe_kernels as kernels
 from mmkernels.triton.expert_order import expert_order, sort
 
@@ -45,15 +46,13 @@ _HALF_ODD: dict[str, tuple[_Tile, ...]] = {
     make: ((64, 64, 32, 8, 2), (64, 32, 32, 8, 2), *((64, 64, 32, 8, 2),) * 3) for make in _HALF
 }
 _SINGLE: dict[str, tuple[_Tile, ...]] = {make: (*((64, 64, 16, 8, 2),) * 4, (64, 64, 16, 4, 2)) for make in _HALF}
-_SINGLE_ODD: dict[str, tuple[_Tile, ...]] = {make: ((64, 64, 16, 8, 2),) * 5 for make in _HALF}
+_SINGLE_ODD: dict[str, tuple[_Tile, ...]] = {
+    make: ((64, 64, 16, 8, 2), (64, 32, 16, 8, 2), *((64, 64, 16, 8, 2),) * 3) for make in _HALF
+}
 _GROUP = 8  # tiles that pass all columns together
 _COMBINED = 1024  # columns that one program combines, at most
 _BLOCK_S, _BLOCK_N = 32, 64
 _BIAS_ROWS = 32
-
-
-def _make() -> str:
-    return "cuda" if torch.version.hip is None else "hip"
 
 
 def _aligned(*operands: Tensor | None) -> bool:
@@ -86,18 +85,17 @@ class _Call:
         """Without `last`, a product may be BY_TOKEN."""
         self.like, self.experts = like, experts
         half, single = (_HALF, _SINGLE) if _aligned(*operands) else (_HALF_ODD, _SINGLE_ODD)
-        self.tiles = dict(zip(_KINDS, (single if like.dtype == torch.float32 else half)[_make()], strict=True))
+        self.tiles = dict(zip(_KINDS, (single if like.dtype == torch.float32 else half)[launch.make()], strict=True))
         self.tokens, self.slots_a_token = ids.shape
         self.slots = ids.numel()
         self.last = self.slots if last is None else last
         self.order, self.offsets, self.positions = sort(ids, experts, last is None)
 
     def tile(self, kind: str) -> tuple[dict[str, int], dict[str, Any]]:
-        """(blocks, launch options); no fused multiply-adds of the compiler's choosing: backward then makes the very hidden
-        activations that forward made."""
+        """(blocks, launch options)."""
         m, n, k, warps, stages = self.tiles[kind]
         blocks = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}
-        return blocks, {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
+        return blocks, launch.options(warps, stages)
 
     def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.like.dtype, device=self.like.device)
@@ -116,7 +114,7 @@ class _Call:
                 offsets=self.offsets,
                 tiles=tiles,
                 experts=self.experts,
-                slots_a_token=self.slots_a_token,
+                slots_a_token=max(1, self.slots_a_token),
                 last=self.last,
                 depth=depth,
                 columns=columns,
