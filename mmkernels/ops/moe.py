@@ -241,6 +241,7 @@ _grouped_backward_op = define(
 
 ORDER_BACKENDS = (
     backends.cpu(("generic",), primary="expert_ids"),
+    backends.cuda(primary="expert_ids"),
     backends.triton((torch.int64,), primary="expert_ids"),
     backends.REFERENCE,
 )
