@@ -17,15 +17,14 @@ import pytest
 import torch
 from conftest import ROOT
 
-import mmkernels.ops
 import mmkernels.triton
 from mmkernels import runtime
 from mmkernels.cards import all_cards
 
 MODULES = {module.name for module in pkgutil.iter_modules(mmkernels.triton.__path__)}
-FAMILIES = sorted(MODULES & {module.name for module in pkgutil.iter_modules(mmkernels.ops.__path__)})
+FAMILIES = sorted(MODULES & {card.family for card in all_cards()})
 # Whose tiles differ by the make of the GPU: test_triton_<family>.py compiles them.
-OWN_GATE = {"attention", "linear_attention", "window_attention"}
+OWN_GATE = {"attention", "linear_attention", "moe", "routing", "window_attention"}
 SLOW = {"linear_attention", "window_attention"}  # to interpret
 FLOATS = ("*fp32", "*bf16", "*fp16")
 

@@ -231,20 +231,62 @@ _grouped_backward_op = define(
     _fake_grouped_backward,
 )
 
-ORDER_BACKENDS = (backends.cpu(("generic",), primary="expert_ids"), backends.REFERENCE)
-MOE_BACKENDS = (backends.cpu(backends.VECTOR_TIERS, tier_of=matrix_tier("w_in")), backends.REFERENCE)
-GROUPED_BACKENDS = (backends.cpu(backends.VECTOR_TIERS, tier_of=matrix_tier("weight")), backends.REFERENCE)
+ORDER_BACKENDS = (
+    backends.cpu(("generic",), primary="expert_ids"),
+    backends.cuda(primary="expert_ids"),
+    backends.triton((torch.int64,), primary="expert_ids"),
+    backends.REFERENCE,
+)
+MOE_BACKENDS = (
+    backends.cpu(backends.VECTOR_TIERS, tier_of=matrix_tier("w_in")),
+    backends.triton(backends.HALF_AND_SINGLE),
+    backends.REFERENCE,
+)
+GROUPED_BACKENDS = (
+    backends.cpu(backends.VECTOR_TIERS, tier_of=matrix_tier("weight")),
+    backends.triton(backends.HALF_AND_SINGLE),
+    backends.REFERENCE,
+)
 
-implement(_order_op, ORDER_BACKENDS, "expert_ids", check=_check_order, reference=reference.expert_order_op)
-implement(_moe_op, MOE_BACKENDS, "x", check=_check_moe, reference=reference.moe_mlp_op)
-implement(_moe_backward_op, MOE_BACKENDS, "x", check=_check_moe_backward, reference=reference.moe_mlp_backward_op)
-implement(_grouped_op, GROUPED_BACKENDS, "x", check=_check_grouped, reference=reference.grouped_linear_op)
+implement(
+    _order_op,
+    ORDER_BACKENDS,
+    "expert_ids",
+    check=_check_order,
+    reference=reference.expert_order_op,
+    triton=backends.triton_kernel("moe", "expert_order"),
+)
+implement(
+    _moe_op,
+    MOE_BACKENDS,
+    "x",
+    check=_check_moe,
+    reference=reference.moe_mlp_op,
+    triton=backends.triton_kernel("moe", "moe_mlp"),
+)
+implement(
+    _moe_backward_op,
+    MOE_BACKENDS,
+    "x",
+    check=_check_moe_backward,
+    reference=reference.moe_mlp_backward_op,
+    triton=backends.triton_kernel("moe", "moe_mlp_backward"),
+)
+implement(
+    _grouped_op,
+    GROUPED_BACKENDS,
+    "x",
+    check=_check_grouped,
+    reference=reference.grouped_linear_op,
+    triton=backends.triton_kernel("moe", "grouped_linear"),
+)
 implement(
     _grouped_backward_op,
     GROUPED_BACKENDS,
     "x",
     check=_check_grouped_backward,
     reference=reference.grouped_linear_backward_op,
+    triton=backends.triton_kernel("moe", "grouped_linear_backward"),
 )
 
 

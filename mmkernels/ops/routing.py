@@ -135,11 +135,36 @@ _backward_op = define(
     _fake_backward,
 )
 
-BACKENDS = (backends.cpu(backends.VECTOR_TIERS, primary="logits"), backends.REFERENCE)
+BACKENDS = (
+    backends.cpu(backends.VECTOR_TIERS, primary="logits"),
+    backends.triton(backends.HALF_AND_SINGLE, primary="logits"),
+    backends.REFERENCE,
+)
 
-implement(_op, BACKENDS, "logits", check=_check, reference=reference.route_op)
-implement(_choice_op, BACKENDS, "logits", check=_check_choice, reference=reference.expert_choice_op)
-implement(_backward_op, BACKENDS, "logits", check=_check_backward, reference=reference.route_backward_op)
+implement(
+    _op,
+    BACKENDS,
+    "logits",
+    check=_check,
+    reference=reference.route_op,
+    triton=backends.triton_kernel("routing", "route"),
+)
+implement(
+    _choice_op,
+    BACKENDS,
+    "logits",
+    check=_check_choice,
+    reference=reference.expert_choice_op,
+    triton=backends.triton_kernel("routing", "expert_choice"),
+)
+implement(
+    _backward_op,
+    BACKENDS,
+    "logits",
+    check=_check_backward,
+    reference=reference.route_backward_op,
+    triton=backends.triton_kernel("routing", "route_backward"),
+)
 
 
 # --- autograd ---------------------------------------------------------------------------------------------------------

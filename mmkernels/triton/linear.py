@@ -24,7 +24,7 @@ _OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
 
 @triton.jit
-def _activate(x, ACTIVATION: tl.constexpr):
+def activate(x, ACTIVATION: tl.constexpr):
     """(activation, derivative) of float32 x, by the names of reference.ACTIVATIONS. NaN stays NaN.
 
     (1 + tanh(u)) / 2 is sigmoid(2 u), so that gelu_tanh needs neither tanh nor a difference of nearly equal numbers.
@@ -37,9 +37,11 @@ def _activate(x, ACTIVATION: tl.constexpr):
         value = x * share
         slope = share + x * (0.3989422804014327 * tl.exp(-0.5 * x * x))
     elif ACTIVATION == "gelu_tanh":
-        share = tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+        u = 1.5957691216057308 * (x + 0.044715 * x * x * x)
+        share = tl.sigmoid(u)
         value = x * share
-        slope = share + x * (share * (1.0 - share)) * (1.5957691216057308 * (1.0 + 0.134145 * x * x))
+        # 1 - share loses digits where the factor after it is large.
+        slope = share + x * (share * tl.sigmoid(-u)) * (1.5957691216057308 * (1.0 + 0.134145 * x * x))
     elif ACTIVATION == "silu":
         share = tl.sigmoid(x)
         value = x * share
@@ -55,7 +57,7 @@ def glu_kernel(gate, up, hidden, elements, ACTIVATION: tl.constexpr, BLOCK: tl.c
     """hidden = activation(gate) * up; grid: (cdiv(elements, BLOCK),)."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < elements
-    value, _ = _activate(tl.load(gate + i, mask=inside, other=0.0).to(tl.float32), ACTIVATION)
+    value, _ = activate(tl.load(gate + i, mask=inside, other=0.0).to(tl.float32), ACTIVATION)
     value *= tl.load(up + i, mask=inside, other=0.0).to(tl.float32)
     tl.store(hidden + i, value.to(hidden.dtype.element_ty), mask=inside)
 
@@ -77,7 +79,7 @@ def glu_backward_kernel(
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < elements
     upstream = tl.load(grad_hidden + i, mask=inside, other=0.0).to(tl.float32)
-    value, slope = _activate(tl.load(gate + i, mask=inside, other=0.0).to(tl.float32), ACTIVATION)
+    value, slope = activate(tl.load(gate + i, mask=inside, other=0.0).to(tl.float32), ACTIVATION)
     factor = tl.load(up + i, mask=inside, other=0.0).to(tl.float32)
     tl.store(grad_gate + i, (upstream * factor * slope).to(grad_gate.dtype.element_ty), mask=inside)
     tl.store(grad_up + i, (upstream * value).to(grad_up.dtype.element_ty), mask=inside)
