@@ -112,6 +112,18 @@ def others(rank: int, size: int) -> None:
     assert_within_rule(spread(x), plain(x), exact(x.double()), "bfloat16")
 
 
+def groups(rank: int, size: int) -> None:
+    """Two groups side by side, each with all experts."""
+    halves = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    torch.manual_seed(4)
+    whole = MoE(C, H, E, 2)
+    spread = MoE(C, H, E, 2, process_group=halves[rank // 2])
+    own = slice(rank % 2 * E // 2, (rank % 2 + 1) * E // 2)
+    spread.load_state_dict({key: value[own] if of_experts(key) else value for key, value in whole.state_dict().items()})
+    x = tokens(rank, 5, C)
+    assert_same_bits(spread(x), whole(x), f"rank {rank}")
+
+
 def errors(rank: int, size: int) -> None:
     with pytest.raises(ValueError, match=f"num_experts: expected a multiple of the {size} ranks of process_group, got 5"):
         MoE(C, H, 5, 2, process_group=dist.group.WORLD)
@@ -120,10 +132,12 @@ def errors(rank: int, size: int) -> None:
 
 
 def everything(rank: int, size: int) -> None:
-    for name in OPTIONS if size == 2 else ("gated", "softmax", "top_p"):
+    for name in OPTIONS:
         forward_and_gradients(rank, size, name)
     forward_and_gradients(rank, size, "gated", of_x=False)
     others(rank, size)
+    if size == 4:
+        groups(rank, size)
     errors(rank, size)
 
 

@@ -135,6 +135,9 @@ class ExpertStream:
                 like = {name: self.source.like(self.prefix + name) for name in self.names}
                 made = [{n: torch.empty((1, *t.shape), dtype=t.dtype, device=device) for n, t in like.items()} for _ in "ab"]
                 self._buffers = _Buffer(made[0]), _Buffer(made[1])
+            if device.type == "cuda":  # the memory may be what work in flight still reads
+                for buffer in self._buffers:
+                    buffer.free = torch.cuda.current_stream(device).record_event()
         return self._buffers
 
     def _load(self, expert: int, buffer: _Buffer, stream: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from mmkernels.nn.mlp import GluMlp, KernelSwitch, Mlp
 from mmkernels.nn.parameters import new_parameter, uniform
 from mmkernels.nn.tensor_classes import op_takes
 from mmkernels.ops.checks import check_float, check_int
+from mmkernels.ops.entry import autocast_dtype
 from mmkernels.ops.linear import linear
 from mmkernels.ops.moe import moe_mlp
 from mmkernels.ops.routing import KINDS, Routing, route
@@ -210,7 +212,9 @@ class MoE(KernelSwitch):
 
     def _logits(self, x: Tensor, gate: Tensor, task_feature: Tensor | None) -> Tensor:
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        with torch.autocast(x.device.type, enabled=False):
+        # Asked first: there are devices without autocast.
+        cast = autocast_dtype(x) is not None
+        with torch.autocast(x.device.type, enabled=False) if cast else contextlib.nullcontext():
             rows, gate = x.reshape(-1, self.dim).to(wide), gate.to(wide)
             of_x = gate[:, : self.dim]
             logits = linear(rows, of_x) if self.kernels and op_takes(rows, of_x) else F.linear(rows, of_x)
