@@ -16,10 +16,10 @@ from support import assert_same_bits
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
 
 import mmkernels as mk
-from mmkernels.nn import GluMlp, LayerNorm, ModalityMlp, MoE
+from mmkernels.nn import GluMlp, LayerNorm, Mlp, ModalityLinear, ModalityMlp, MoE, NestedMlp
 from mmkernels.ops.sharding import register_sharding
 
 C, H, N, E, T = 12, 20, 9, 6, 10
@@ -190,8 +190,44 @@ def meshes(rank: int, size: int) -> None:
                 torch.testing.assert_close(ours.grad.full_tensor(), theirs.grad, rtol=1e-5, atol=1e-5)
 
 
+MODULES: dict[str, tuple[Callable[[], nn.Module], bool]] = {  # and whether each token has a modality
+    "mlp": (lambda: Mlp(C, H), False),
+    "nested": (lambda: NestedMlp(C, H, (5, H)), False),
+    "moe": (lambda: MoE(C, H, E, 2, shared_hidden=8, bias=True), False),
+    "moe_capacity": (lambda: MoE(C, H, E, 2, capacity_factor=0.8), False),
+    "expert_choice": (lambda: MoE(C, H, E, None, kind="expert_choice"), False),
+    "modality_linear": (lambda: ModalityLinear(C, H, 3), True),
+    "modality_mlp": (lambda: ModalityMlp(C, H, 3, gated=True, activation="silu", out_norm=True), True),
+    "one_peace": (lambda: ModalityMlp(C, H, 3, gated=True, hidden_norm=True), True),
+}
+
+
+def modules(rank: int, size: int) -> None:
+    mesh = init_device_mesh("cpu", (size,))
+    x = random(T, C, seed=3)
+    for name, (make, by_modality) in MODULES.items():
+        torch.manual_seed(1)
+        whole = make()
+        torch.manual_seed(1)
+        placed = make()
+        distribute_module(placed, mesh)
+        arguments = [x, IDS] if by_modality else [x]
+        out = placed(*(distribute_tensor(value, mesh, [Shard(0)]) for value in arguments))
+        wanted = whole(*arguments)
+        torch.testing.assert_close(out.full_tensor(), wanted, msg=lambda text, name=name: f"{name}: {text}")
+        upstream = random(*wanted.shape, seed=77)
+        out.backward(distribute_tensor(upstream, mesh, [Shard(0)]))
+        wanted.backward(upstream)
+        for (key, ours), theirs in zip(placed.named_parameters(), whole.parameters(), strict=True):
+            gradient, what = ours.grad.full_tensor(), f"{name}, gradient of {key}"
+            torch.testing.assert_close(
+                gradient, theirs.grad, rtol=1e-5, atol=1e-5, msg=lambda text, what=what: f"{what}: {text}"
+            )
+
+
 def everything(rank: int, size: int) -> None:
     fsdp(rank, size)
+    modules(rank, size)
     dtensors(rank, size)
 
 

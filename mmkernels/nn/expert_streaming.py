@@ -156,7 +156,7 @@ class ExpertStream:
         rows = x.reshape(-1, x.shape[-1])
         slots = max(1, routing.expert_ids.size(1))
         order, offsets, positions = dispatch(routing.expert_ids, routing.num_experts)
-        bounds = offsets.tolist()
+        bounds, of_token = offsets.tolist(), order // slots
         used = [expert for expert in range(routing.num_experts) if bounds[expert] < bounds[expert + 1]]
         function = moe_mlp if kernels else reference.moe_mlp
         on_gpu = x.device.type == "cuda"
@@ -171,7 +171,7 @@ class ExpertStream:
                     loads.append(loader.submit(self._load, used[number + 1], buffers[(number + 1) % 2], copies))
                 buffer = buffers[number % 2]
                 begin, end = bounds[expert], bounds[expert + 1]
-                chosen = rows[order[begin:end] // slots]
+                chosen = rows[of_token[begin:end]]
                 alone = fixed_routing(torch.zeros(end - begin, dtype=torch.int64, device=x.device), 1)
                 given = function(chosen, alone, activation=activation, **buffer.weights)
                 if values is None:

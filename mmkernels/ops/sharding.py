@@ -23,7 +23,8 @@ def register_sharding() -> None:
     Tokens may be sharded along any of their dimensions (experts, groups and routing: along the first), with weights
     replicated: outputs are sharded alike, gradients of weights are partial sums, statistics of a routing too. Otherwise
     DTensor replicates. A routing with a capacity, and expert choice, which depend on all tokens, run replicated only.
-    Modules (:mod:`mmkernels.nn`) keep running plain torch on DTensors; under FSDP2 they see plain tensors, and kernels.
+    Of the modules (:mod:`mmkernels.nn`) MoE and those of modalities run these ops on DTensors and call this themselves, the
+    others run plain torch on them; under FSDP2 all see plain tensors, and run kernels.
 
     Raises:
         ImportError: torch is built without torch.distributed.
