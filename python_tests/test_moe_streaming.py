@@ -296,9 +296,9 @@ def test_two_experts_are_resident_whatever_their_number(tmp_path: Path) -> None:
         assert found[experts]["buffers"] == 2 * ONE_EXPERT
     resident = measured(32, "resident", path)
     print({name: f"{of['growth'] / 2**20:.1f} MiB" for name, of in {**found, "resident": resident}.items()})
-    # Two buffers, the pages of the expert that is being read, and what computing takes.
-    assert found[32]["growth"] < 5 * ONE_EXPERT
-    assert found[32]["growth"] - found[4]["growth"] < ONE_EXPERT
+    # Two buffers, the pages of the expert that is being read, and what computing takes, all of which E has no part in.
+    assert found[32]["growth"] < 8 * ONE_EXPERT
+    assert abs(found[32]["growth"] - found[4]["growth"]) < 2 * ONE_EXPERT
     assert resident["growth"] > 30 * ONE_EXPERT
 
 

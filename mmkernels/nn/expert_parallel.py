@@ -52,8 +52,8 @@ def in_slot_order(values: Tensor, positions: Tensor, weights: Tensor) -> Tensor:
     """[T, N] in the dtype of the weights: each token's rows of `values` at its positions, times their weights, one after the
     other as the kernels add them (a sum over the dimension would add in an order of its own)."""
     total = torch.zeros((positions.size(0), values.size(1)), dtype=weights.dtype, device=values.device)
-    if values.size(0) == 0:
-        return total + values.sum() * 0  # so that gradients still find their way, and every rank calls the same collectives
+    if values.size(0) == 0:  # a row to read where no slot is in use, with a way back for gradients: all ranks take it
+        values = values.sum(0, keepdim=True)
     for slot in range(positions.size(1)):
         place = positions[:, slot]
         term = values[place.clamp(min=0)].to(weights.dtype) * weights[:, slot, None]

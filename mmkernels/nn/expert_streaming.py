@@ -135,6 +135,9 @@ class ExpertStream:
                 like = {name: self.source.like(self.prefix + name) for name in self.names}
                 made = [{n: torch.empty((1, *t.shape), dtype=t.dtype, device=device) for n, t in like.items()} for _ in "ab"]
                 self._buffers = _Buffer(made[0]), _Buffer(made[1])
+            if device.type == "cuda":  # the memory may be what work in flight still reads
+                for buffer in self._buffers:
+                    buffer.free = torch.cuda.current_stream(device).record_event()
         return self._buffers
 
     def _load(self, expert: int, buffer: _Buffer, stream: Any) -> None:
@@ -153,7 +156,7 @@ class ExpertStream:
         rows = x.reshape(-1, x.shape[-1])
         slots = max(1, routing.expert_ids.size(1))
         order, offsets, positions = dispatch(routing.expert_ids, routing.num_experts)
-        bounds = offsets.tolist()
+        bounds, of_token = offsets.tolist(), order // slots
         used = [expert for expert in range(routing.num_experts) if bounds[expert] < bounds[expert + 1]]
         function = moe_mlp if kernels else reference.moe_mlp
         on_gpu = x.device.type == "cuda"
@@ -168,7 +171,7 @@ class ExpertStream:
                     loads.append(loader.submit(self._load, used[number + 1], buffers[(number + 1) % 2], copies))
                 buffer = buffers[number % 2]
                 begin, end = bounds[expert], bounds[expert + 1]
-                chosen = rows[order[begin:end] // slots]
+                chosen = rows[of_token[begin:end]]
                 alone = fixed_routing(torch.zeros(end - begin, dtype=torch.int64, device=x.device), 1)
                 given = function(chosen, alone, activation=activation, **buffer.weights)
                 if values is None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mmkernels.nn.linear import check_activation
 from mmkernels.nn.mlp import KernelSwitch, pair
 from mmkernels.nn.parameters import new_parameter, uniform
-from mmkernels.nn.tensor_classes import op_takes
+from mmkernels.nn.tensor_classes import op_takes, op_takes_sharded
 from mmkernels.ops.checks import check_int
 from mmkernels.ops.moe import grouped_linear, moe_mlp
 from mmkernels.ops.norm import layer_norm, rms_norm
@@ -42,7 +42,8 @@ class ModalityLinear(KernelSwitch):
         in_features, out_features: C and N.
         num_modalities: M.
         bias, device, dtype: as in nn.Linear.
-        kernels: True runs the op, False plain torch, as tensors of other classes (DTensor) always do. May be set any time.
+        kernels: True runs the op, of DTensors too, False plain torch, as tensors of other classes always do. May be set at
+            any time.
 
     Raises:
         TypeError, ValueError: a size is no number of at least 1.
@@ -88,7 +89,7 @@ class ModalityLinear(KernelSwitch):
             TypeError, ValueError: modality_ids does not fit; with kernels, as :func:`mmkernels.grouped_linear`.
         """
         ids = _flat_ids(modality_ids, x)
-        on = self.kernels and op_takes(x, ids, self.weight, self.bias)
+        on = self.kernels and op_takes_sharded(x, ids, self.weight, self.bias)
         return (grouped_linear if on else reference.grouped_linear)(x, ids, self.weight, self.bias)
 
     def extra_repr(self) -> str:
@@ -114,8 +115,8 @@ class ModalityMlp(KernelSwitch):
         activation: None, "gelu" (by erf), "gelu_tanh", "silu" or "relu".
         bias: of the inner and the outer layer, or a pair (ONE-PEACE: (False, True)).
         out_norm: an RMSNorm of the output (MoT). hidden_norm: a LayerNorm of h (ONE-PEACE). norm_eps: of both.
-        kernels: True runs the ops, False plain torch, as tensors of other classes (DTensor) always do. May be set at any
-            time.
+        kernels: True runs the ops, of DTensors all but the norms, False plain torch, as tensors of other classes always do.
+            May be set at any time.
         device, dtype: as in nn.Linear.
 
     Raises:
@@ -185,7 +186,7 @@ class ModalityMlp(KernelSwitch):
             TypeError, ValueError: modality_ids does not fit; with kernels, as :func:`mmkernels.moe_mlp`.
         """
         ids = _flat_ids(modality_ids, x)
-        on = self.kernels and op_takes(x, ids, *self.parameters())
+        on = self.kernels and op_takes_sharded(x, ids, *self.parameters())
         if self.hidden_norm_weight is None:
             weights = {name: getattr(self, name) for name in ("w_in", "w_out", "b_in", "b_out", "w_gate", "b_gate")}
             routing = fixed_routing(ids, self.num_modalities)
@@ -197,14 +198,16 @@ class ModalityMlp(KernelSwitch):
                 hidden = activate(hidden, self.activation)
             else:
                 hidden = activate(grouped(x, ids, self.w_gate, self.b_gate), self.activation) * hidden
-            normed = (layer_norm if on else norm_reference.layer_norm)(hidden, eps=self.norm_eps)
+            norm: Any = layer_norm if self.kernels and op_takes(hidden) else norm_reference.layer_norm
+            normed = norm(hidden, eps=self.norm_eps)
             gain, shift = (
                 self._of(parameter, ids, hidden) for parameter in (self.hidden_norm_weight, self.hidden_norm_bias)
             )
             out = grouped(torch.addcmul(shift, normed, gain), ids, self.w_out, self.b_out)
         if self.out_norm_weight is None:
             return out
-        normed = (rms_norm if on else norm_reference.rms_norm)(out, eps=self.norm_eps)
+        norm = rms_norm if self.kernels and op_takes(out) else norm_reference.rms_norm
+        normed = norm(out, eps=self.norm_eps)
         return normed * self._of(self.out_norm_weight, ids, out)
 
     @staticmethod

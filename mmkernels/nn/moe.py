@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,8 +17,9 @@ from mmkernels.nn.expert_streaming import ExpertStream
 from mmkernels.nn.linear import check_activation
 from mmkernels.nn.mlp import GluMlp, KernelSwitch, Mlp
 from mmkernels.nn.parameters import new_parameter, uniform
-from mmkernels.nn.tensor_classes import op_takes
+from mmkernels.nn.tensor_classes import op_takes_sharded
 from mmkernels.ops.checks import check_float, check_int
+from mmkernels.ops.entry import autocast_dtype
 from mmkernels.ops.linear import linear
 from mmkernels.ops.moe import moe_mlp
 from mmkernels.ops.routing import KINDS, Routing, route
@@ -69,8 +71,8 @@ class MoE(KernelSwitch):
             noisy_topk and softmax_topk; in training only. M3ViT's own is its command line's value / E.
         lora_rank: R of low-rank additions to all weights of the experts (Uni-MoE); 0: none. lora_alpha: their scale is
             lora_alpha / R; R where None.
-        kernels: True runs the ops, False plain torch, as tensors of other classes (DTensor) always do. May be set at any
-            time.
+        kernels: True runs the ops, DTensors too (:mod:`mmkernels.ops.sharding`), False plain torch, as tensors of other
+            classes always do. May be set at any time.
         schedule: "resident", or "streaming": weights of the experts stay where `experts` says, and a call holds two experts
             at a time, one that computes and one that is being read. For inference.
         experts: for streaming: the path of a safetensors file, or a mapping of tensors (of any device), with the names and
@@ -210,10 +212,12 @@ class MoE(KernelSwitch):
 
     def _logits(self, x: Tensor, gate: Tensor, task_feature: Tensor | None) -> Tensor:
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        with torch.autocast(x.device.type, enabled=False):
+        # Asked first: there are devices without autocast.
+        cast = autocast_dtype(x) is not None
+        with torch.autocast(x.device.type, enabled=False) if cast else contextlib.nullcontext():
             rows, gate = x.reshape(-1, self.dim).to(wide), gate.to(wide)
             of_x = gate[:, : self.dim]
-            logits = linear(rows, of_x) if self.kernels and op_takes(rows, of_x) else F.linear(rows, of_x)
+            logits = linear(rows, of_x) if self.kernels and op_takes_sharded(rows, of_x) else F.linear(rows, of_x)
             if task_feature is None:
                 return logits
             # The feature's part is the same for all tokens that share it, so it is computed once for them.
@@ -260,7 +264,7 @@ class MoE(KernelSwitch):
             options["published_thresholds"] = self.published_thresholds
         elif kind == "noisy_topk":
             kind = "topk_softmax"
-        function = route if self.kernels and op_takes(logits, selection) else routing_reference.route
+        function = route if self.kernels and op_takes_sharded(logits, selection) else routing_reference.route
         return function(logits, self.top_k, kind=kind, selection=selection, **options)
 
     # --- experts ------------------------------------------------------------------------------------------------------
@@ -313,7 +317,7 @@ class MoE(KernelSwitch):
         else:
             weights = self.expert_weights()
             options: dict[str, Any] = {"activation": self.activation, "residual": residual, **weights}
-            on = self.kernels and op_takes(x, residual, *weights.values())
+            on = self.kernels and op_takes_sharded(x, residual, *weights.values())
             if self.group is not None:
                 out = parallel_moe(x, routing, self.group, moe_mlp if on else reference.moe_mlp, **options)
             else:

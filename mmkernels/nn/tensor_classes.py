@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
@@ -15,4 +17,17 @@ def op_takes(*tensors: Tensor | None) -> bool:
     for tensor in tensors:  # noqa: SIM110 - a generator costs a microsecond
         if tensor is not None and type(tensor) not in _TENSORS:
             return False
+    return True
+
+
+def op_takes_sharded(*tensors: Tensor | None) -> bool:
+    """The same of an op that DTensors run through (:mod:`mmkernels.ops.sharding`, which the first of them registers)."""
+    if op_takes(*tensors):
+        return True
+    module = sys.modules.get("torch.distributed.tensor")  # not loaded where nobody has made one
+    if module is None or not all(tensor is None or type(tensor) in (*_TENSORS, module.DTensor) for tensor in tensors):
+        return False
+    from mmkernels.ops.sharding import register_sharding
+
+    register_sharding()
     return True

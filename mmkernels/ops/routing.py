@@ -191,9 +191,9 @@ def _gradient(ctx: Any, grad_weights: Tensor | None, grad_sums: Tensor | None) -
     logits, ids = ctx.saved_tensors
     wide = stats_dtype(logits)
     if grad_weights is None:
-        grad_weights = torch.zeros(ids.shape, dtype=wide, device=ids.device)
+        grad_weights = logits.new_zeros(ids.shape, dtype=wide)
     if grad_sums is None:
-        grad_sums = torch.zeros((2 * logits.size(1) + 2,), dtype=wide, device=ids.device)
+        grad_sums = logits.new_zeros((2 * logits.size(1) + 2,), dtype=wide)
     return _call_backward(
         any(tensor.requires_grad for tensor in (grad_weights, grad_sums, logits)),
         grad_weights.contiguous(),
@@ -433,7 +433,7 @@ def fixed_routing(expert_ids: Tensor, num_experts: int, weights: Tensor | None =
         raise ValueError(f"expert_ids: expected [T] or [T, K], got shape {tuple(expert_ids.shape)}")
     check_int(num_experts, "num_experts", 1)
     if weights is None:
-        weights = torch.ones(expert_ids.shape, device=expert_ids.device)
+        weights = torch.ones_like(expert_ids, dtype=torch.get_default_dtype())  # a DTensor beside one
     elif not isinstance(weights, Tensor) or not weights.is_floating_point():
         raise TypeError("weights: expected a tensor of floating-point numbers, or None")
     elif weights.shape != expert_ids.shape:
