@@ -1,0 +1,212 @@
+"""Published blocks out of this package's ops and modules, by golden vectors: M3ViT, Mixture-of-Transformers, ONE-PEACE."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support import golden, judge
+from torch import Tensor
+
+import mmkernels as mk
+from mmkernels.reference import attention as attention_reference
+from mmkernels.reference import moe as moe_reference
+from mmkernels.reference import norm as norm_reference
+
+Made = dict[str, Tensor]
+
+
+def attention_of(kernels: bool) -> Any:
+    return mk.attention if kernels else attention_reference.attention
+
+
+def leaves_of(tensors: Made, dtype: torch.dtype, without: tuple[str, ...] = ()) -> Made:
+    """The published weights by their names, those of the branches in `without` left out."""
+    return {
+        name.removeprefix("w."): value.to(dtype).requires_grad_()
+        for name, value in tensors.items()
+        if name.startswith("w.") and not any(branch in name for branch in without)
+    }
+
+
+# --- M3ViT ------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("case", ["block_small", "block_odd"])
+def test_golden_m3vit_block(case: str) -> None:
+    tensors, params = golden(f"m3vit/{case}")
+    heads, tasks, names = params["heads"], params["tasks"], {"w_in": "htoh4.weight", "b_in": "htoh4.bias"}
+    names |= {"w_out": "h4toh.weight", "b_out": "h4toh.bias"}
+
+    def run(dtype: torch.dtype, kernels: bool) -> Made:
+        w = leaves_of(tensors, dtype, ("mlp.",))
+        experts = mk.nn.MoE(
+            params["d"],
+            tensors["w.mlp.experts.htoh4.weight"].size(1),
+            params["E"],
+            params["k"],
+            kind="softmax_topk",
+            bias=True,
+            num_tasks=tasks,
+            kernels=kernels,
+            dtype=dtype,
+        )
+        router = torch.stack([tensors[f"w.mlp.gate.{task}.w_gate"].T for task in range(tasks)])
+        state = {"router": router} | {ours: tensors[f"w.mlp.experts.{theirs}"] for ours, theirs in names.items()}
+        experts.load_state_dict({name: value.to(dtype) for name, value in state.items()})
+        norm = mk.layer_norm if kernels else norm_reference.layer_norm
+        x = tensors["x"].to(dtype).requires_grad_()
+        a = F.linear(norm(x, w["norm1.weight"], w["norm1.bias"], 1e-6), w["attn.qkv.weight"], w["attn.qkv.bias"])
+        q, k, v = a.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+        o = attention_of(kernels)(q, k, v).transpose(1, 2).flatten(2)
+        x1 = x + F.linear(o, w["attn.proj.weight"], w["attn.proj.bias"])
+        out = experts(norm(x1, w["norm2.weight"], w["norm2.bias"], 1e-6), params["task_id"], residual=x1)
+        out.backward(tensors["gout"].to(dtype))
+        made = {"out": out.detach(), "grad.x": x.grad} | {f"grad.w.{name}": value.grad for name, value in w.items()}
+        for ours, theirs in names.items():
+            made[f"grad.w.mlp.experts.{theirs}"] = experts.get_parameter(ours).grad
+        made[f"grad.w.mlp.gate.{params['task_id']}.w_gate"] = experts.router.grad[params["task_id"]].T
+        return made
+
+    judge(tensors, run)
+
+
+# --- Mixture-of-Transformers --------------------------------------------------------------------------------------------
+def stacked(w: Made, before: str, after: str) -> Tensor:
+    """The weights of all modalities."""
+    count = sum(name.startswith(f"{before}.") and name.endswith(f".{after}") for name in w)
+    return torch.stack([w[f"{before}.{modality}.{after}"] for modality in range(count)])
+
+
+def mot_attention(
+    x: Tensor, ids: Tensor, mask: Tensor, w: Made, prefix: str, params: dict[str, Any], kernels: bool
+) -> Tensor:
+    """One attention over all tokens, its projections and norms each modality's own."""
+    linear = mk.grouped_linear if kernels else moe_reference.grouped_linear
+    norm = mk.rms_norm if kernels else norm_reference.rms_norm
+
+    def project(name: str, value: Tensor) -> Tensor:
+        return linear(value, ids, stacked(w, f"{prefix}local_experts_{name}", "weight"))
+
+    def heads(value: Tensor, gain: str | None) -> Tensor:
+        value = value.unflatten(-1, (params["heads"], -1))
+        if gain is not None and params["qk_normalization"]:
+            value = norm(value, eps=1e-5) * stacked(w, f"{prefix}local_experts_{gain}", "weight")[ids][:, None]
+        return value.unflatten(0, (params["B"], params["S"])).transpose(1, 2)
+
+    q, k, v = (heads(project(f"w{name}", x), f"{name}_normalization" if name != "v" else None) for name in ("q", "k", "v"))
+    o = attention_of(kernels)(q, k, v, bias=mask).transpose(1, 2).flatten(0, 1).flatten(1)
+    gain = stacked(w, f"{prefix}local_experts_attention_norm", "weight")[ids]
+    return norm(project("wo", o), eps=1e-5) * gain
+
+
+def mot_run(tensors: Made, params: dict[str, Any], dtype: torch.dtype, kernels: bool, block: bool) -> Made:
+    w = leaves_of(tensors, dtype)
+    x, ids, mask = tensors["x"].to(dtype).requires_grad_(), tensors["modality_ids"], tensors["attn_mask"].to(dtype)
+    out = mot_attention(x, ids, mask, w, "attention." if block else "", params, kernels)
+    if block:
+        h = x + out
+        names = {"w_in": "w3", "w_gate": "w1", "w_out": "w2"}
+        matrices = {ours: stacked(w, "feed_forward.local_experts", f"{theirs}.weight") for ours, theirs in names.items()}
+        routing = mk.fixed_routing(ids, params["n_modalities"])
+        mlp = (mk.moe_mlp if kernels else moe_reference.moe_mlp)(h, routing, activation="silu", **matrices)
+        gain = stacked(w, "feed_forward.local_experts_ffn_norm", "weight")[ids]
+        out = h + (mk.rms_norm if kernels else norm_reference.rms_norm)(mlp, eps=1e-5) * gain
+    out.backward(tensors["gout"].to(dtype))
+    made = {"out": out.detach(), "grad.x": x.grad} | {f"grad.w.{n}": v.grad for n, v in w.items() if v.grad is not None}
+    return {name: value for name, value in made.items() if name in tensors}
+
+
+@pytest.mark.parametrize("case", ["attn_small", "attn_qknorm_odd", "attn_full_mask", "attn_missing_modality", "block_small"])
+def test_golden_mixture_of_transformers(case: str) -> None:
+    tensors, params = golden(f"mot/{case}")
+    judge(tensors, lambda dtype, kernels: mot_run(tensors, params, dtype, kernels, case.startswith("block")))
+
+
+# --- ONE-PEACE ----------------------------------------------------------------------------------------------------------
+def feed_forward_of(weights: Made, hidden: int, dtype: torch.dtype, kernels: bool) -> mk.nn.ModalityMlp:
+    """Text is modality 0, the other one 1."""
+    dim = weights["w.gamma_2"].numel()
+    layer = mk.nn.ModalityMlp(
+        dim, hidden, 2, gated=True, activation="gelu", bias=(False, True), hidden_norm=True, kernels=kernels, dtype=dtype
+    )
+    other = "audio" if "w.audio_ffn.3.bias" in weights else "image"
+    names = {
+        "w_gate": "0.wi_0.weight",
+        "w_in": "0.wi_1.weight",
+        "hidden_norm_weight": "2.weight",
+        "hidden_norm_bias": "2.bias",
+        "w_out": "3.weight",
+        "b_out": "3.bias",
+    }
+    with torch.no_grad():
+        for ours, theirs in names.items():
+            for modality, branch in enumerate(("text", other)):
+                if f"w.{branch}_ffn.{theirs}" in weights:
+                    layer.get_parameter(ours)[modality] = weights[f"w.{branch}_ffn.{theirs}"].to(dtype)
+    return layer
+
+
+def layer(x: Tensor, bias: Tensor | None, w: Made, heads: int, text: int, mlp: mk.nn.ModalityMlp, kernels: bool) -> Tensor:
+    """x [T, B, C] -> [T, B, C]: text tokens first."""
+    norm = mk.layer_norm if kernels else norm_reference.layer_norm
+    attention = attention_of(kernels)
+
+    def normed(value: Tensor, name: str) -> Tensor:
+        return norm(value, w[f"{name}.weight"], w[f"{name}.bias"], 1e-5)
+
+    def split(value: Tensor) -> Tensor:
+        return value.unflatten(-1, (heads, -1)).permute(1, 2, 0, 3)
+
+    a = normed(x, "self_attn_layer_norm")
+    q = F.linear(a, w["self_attn.q_proj.weight"], w["self_attn.q_proj.bias"])
+    k = F.linear(a, w["self_attn.k_proj.weight"])
+    v = F.linear(a, w["self_attn.v_proj.weight"], w["self_attn.v_proj.bias"])
+    o = attention(split(q), split(k), split(v), bias=bias)
+    if "self_attn.c_attn" in w:
+        o = o * w["self_attn.c_attn"][:, None, None]
+    o = o.permute(2, 0, 1, 3).flatten(2)
+    if "self_attn.ln.weight" in w:
+        o = normed(o, "self_attn.ln")
+    o = F.linear(o, w["self_attn.out_proj.weight"], w["self_attn.out_proj.bias"])
+    if "attn_ln.weight" in w:
+        o = normed(o, "attn_ln")
+    x = x + w["gamma_1"] * o
+    modality = (torch.arange(x.size(0)) >= text).long()[:, None].expand(x.shape[:2])
+    return x + w["gamma_2"] * mlp(normed(x, "final_layer_norm"), modality)
+
+
+@pytest.mark.parametrize("case", ["text_small", "image_odd", "vl_small", "vl_nobias", "vl_headscale", "al"])
+def test_golden_one_peace_layer(case: str) -> None:
+    tensors, params = golden(f"one_peace/layer_{case}")
+
+    def run(dtype: torch.dtype, kernels: bool) -> Made:
+        weights = leaves_of(tensors, dtype, ("_ffn.",))
+        mlp = feed_forward_of(tensors, params["ffn"], dtype, kernels)
+        x = tensors["x"].to(dtype).requires_grad_()
+        bias = tensors["bias"].to(dtype).requires_grad_() if "bias" in tensors else None
+        out = layer(x, bias, weights, params["heads"], params["text_len"], mlp, kernels)
+        out.backward(tensors["gout"].to(dtype))
+        made: dict[str, Any] = {"out": out.detach(), "grad.x": x.grad}
+        if bias is not None:
+            made["grad.bias"] = bias.grad
+        return made | {f"grad.w.{name}": value.grad for name, value in weights.items()} | ffn_gradients(tensors, mlp)
+
+    judge(tensors, run)
+
+
+def ffn_gradients(tensors: Made, mlp: mk.nn.ModalityMlp) -> Made:
+    made = {}
+    other = "audio" if "w.audio_ffn.3.bias" in tensors else "image"
+    for modality, branch in enumerate(("text", other)):
+        for theirs, parameter in (
+            ("0.wi_0.weight", mlp.w_gate),
+            ("0.wi_1.weight", mlp.w_in),
+            ("2.weight", mlp.hidden_norm_weight),
+            ("2.bias", mlp.hidden_norm_bias),
+            ("3.weight", mlp.w_out),
+            ("3.bias", mlp.b_out),
+        ):
+            if f"grad.w.{branch}_ffn.{theirs}" in tensors:
+                made[f"grad.w.{branch}_ffn.{theirs}"] = parameter.grad[modality]
+    return made
