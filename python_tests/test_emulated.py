@@ -56,6 +56,8 @@ def test_higher_tiers_through_emulation(tmp_path: Path) -> None:
             "test_silu_attention.py",
             "test_linear_attention.py",
             "test_hash_attention.py",
+            "test_routing.py",
+            "test_moe.py",
             "test_blocks.py",
             "test_math.py",
         )
