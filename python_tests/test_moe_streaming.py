@@ -279,7 +279,7 @@ ONE_EXPERT = 2 * 512 * 1024 * 4
 
 def measured(experts: int, schedule: str, path: Path) -> dict[str, int]:
     command = [sys.executable, "-c", MEASURE, str(experts), schedule, str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run(command, cwd=path.parent, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

@@ -239,6 +239,6 @@ def test_a_mesh_of_two_dimensions(tmp_path: Path) -> None:
     run_in_processes(4, tmp_path, meshes)
 
 
-def test_import_stays_small() -> None:
+def test_import_stays_small(tmp_path: Path) -> None:
     code = "import sys, mmkernels.nn; assert 'mmkernels.ops.sharding' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)

@@ -86,7 +86,7 @@ _BENCH = (
 CARDS = (
     Card(
         name="nested_mlp",
-        family="nested_mlp",
+        family="linear",
         function=ops.nested_mlp,
         reference=reference.nested_mlp,
         ops=("mmkernels::mlp", "mmkernels::mlp_backward"),
