@@ -27,6 +27,13 @@ def draw(*size: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> 
     return (scale * torch.randn(size, generator=generator)).to(dtype)
 
 
+def apart(x: Tensor) -> Tensor:
+    """The same numbers with NaN between their rows, which nothing may read."""
+    room = torch.full((*x.shape[:-1], x.size(-1) + 3), torch.nan, dtype=x.dtype)
+    room[..., : x.size(-1)] = x
+    return room[..., : x.size(-1)]
+
+
 def alone(function: Any) -> Any:
     """An operator with one output, as one with a tuple."""
     return lambda *args: (function(*args),)
@@ -70,6 +77,7 @@ ROUTES: dict[str, tuple[tuple[Any, ...], str]] = {
     "top_p of nothing": ((9, 7, 3, 1, True, 0.0, 1, 1, 0, -1), ""),
     "selection": ((9, 7, 3, 0, True, 1.0, 1, 1, 0, -1), "[T, E]"),
     "experts away": ((9, 7, 5, 0, True, 1.0, 1, 1, 0, -1), "away"),
+    "all selections below 0": ((5, 5, 5, 1, True, 1.0, 1, 1, 0, -1), "negative"),
     "no tokens": ((0, 4, 2, 0, True, 1.0, 1, 1, 0, 3), ""),
     "one expert": ((3, 1, 1, 1, True, 1.0, 1, 1, 0, -1), ""),
     "many experts": ((3, 300, 8, 0, True, 1.0, 1, 1, 0, -1), ""),
@@ -94,6 +102,8 @@ def check_routes(dtype: torch.dtype) -> None:
         selection = None if not kind else draw(*((tokens, experts) if kind == "[T, E]" else (experts,)))
         if kind == "away":
             selection[::2] = -INF  # type: ignore[index]
+        if kind == "negative":
+            selection = -2 - selection.abs()  # type: ignore[union-attr]
         check_route(draw(tokens, experts, dtype=dtype, scale=2.0), selection, tuple(rest), f"{name}, {dtype}")
     whole = torch.randint(-1, 2, (20, 8), generator=generator).to(dtype)
     for score in (0, 1):
@@ -159,21 +169,21 @@ def of_valid_ids(function: Any) -> Any:
 
 def check_moe(
     name: str, dtype: torch.dtype, activation: int, *, gated: bool, biases: str = "own", residual: bool = False,
-    transposed: bool = False, spare: int = 0, each: bool = False,
+    lie: str = "whole", spare: int = 0, each: bool = False,
 ) -> None:  # fmt: skip
     (tokens, slots, experts, depth, hidden, columns), low, high = MOES[name]
     kept = torch.float32 if biases == "float32" else dtype
 
     def matrices(rows: int, cols: int) -> Tensor:
         scale = max(1, cols) ** -0.5
-        return (
-            draw(experts, cols, rows, dtype=dtype, scale=scale).mT
-            if transposed
-            else draw(experts, rows, cols, dtype=dtype, scale=scale)
-        )
+        if lie == "transposed":
+            return apart(draw(experts, cols, rows, dtype=dtype, scale=scale)).mT
+        made = draw(experts, rows, cols, dtype=dtype, scale=scale)
+        return apart(made) if lie == "apart" else made
 
     ids = torch.randint(low, high, (tokens, slots), generator=generator)
-    x = draw(2 * tokens, depth + 3, dtype=dtype)[::2, :depth] if transposed else draw(tokens, depth, dtype=dtype)
+    x = draw(tokens, depth, dtype=dtype)
+    x = x if lie == "whole" else apart(x)
     weights = torch.rand((tokens, slots), generator=generator)
     w_in, w_gate, w_out = matrices(hidden, depth), matrices(hidden, depth), matrices(columns, hidden)
     b_in, b_gate, b_out = (None if biases == "none" else draw(experts, n, dtype=kept) for n in (hidden, hidden, columns))
@@ -219,7 +229,9 @@ def check_grouped(
     tokens, groups, depth, columns = shape
     x = draw(tokens, depth, dtype=dtype)
     ids = torch.randint(low, high, (2 * tokens,), generator=generator)[::2]
-    weight = draw(groups, depth, columns, dtype=dtype).mT if transposed else draw(groups, columns, depth, dtype=dtype)
+    weight = draw(groups, columns, depth, dtype=dtype)
+    if transposed:
+        x, weight = apart(x), apart(draw(groups, depth, columns, dtype=dtype)).mT
     b = None if bias == "none" else draw(groups, columns, dtype=torch.float32 if bias == "float32" else dtype)
     what = f"{shape}, ids {low} to {high}, bias {bias}, {dtype}"
     plain = alone(moe_reference.grouped_linear_op)
@@ -242,11 +254,12 @@ for argument in sys.argv[1:]:
             check_moe(name, dtype, silu, gated=True)
         if not brief or i % 2 == 1:
             check_moe(name, dtype, gelu, gated=False, biases="none", residual=True, spare=3)
+    usual = "three slots, an empty expert"
     for code in range(3 if brief else 0, len(ACTIVATIONS)):
-        check_moe(
-            "three slots, an empty expert", dtype, code, gated=code % 2 == 0, biases="float32", residual=True, each=True
-        )
-    check_moe("three slots, an empty expert", dtype, silu, gated=True, transposed=True)
+        check_moe(usual, dtype, code, gated=code % 2 == 0, biases="float32", residual=True, each=True)
+    for lie in ("transposed", "apart"):
+        check_moe(usual, dtype, silu, gated=True, lie=lie)
+        check_moe(usual, dtype, silu, gated=False, lie=lie)
     for shape in ((9, 3, 5, 7), (70, 2, 33, 66), (5, 2, 16, 16), (0, 2, 3, 4), (4, 2, 0, 3), (4, 2, 3, 0)):
         check_grouped(dtype, shape, -1, shape[1], "own")
     check_grouped(dtype, (9, 3, 5, 7), -3, 6, "none", transposed=True)
