@@ -25,6 +25,7 @@ from support import (
 )
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import mmkernels as mk
 from mmkernels import runtime
@@ -184,6 +185,19 @@ def test_second_derivative_is_right_or_refused(card: Card) -> None:
         for sources in (wanted, upstream):
             with pytest.raises(NotImplementedError, match="twice"):
                 torch.autograd.grad([g.square().sum() for g in first], sources, retain_graph=True, allow_unused=True)
+
+
+@over_differentiable_cards
+def test_activation_checkpointing(card: Card) -> None:
+    """torch.utils.checkpoint computes again what backward reads, and lets it read that once."""
+    call = draw(next((s for s in card.samples if s.name == "small"), card.samples[0]), torch.float32)
+
+    def checkpointed(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(card.function, *args, use_reentrant=False, **kwargs)
+
+    expected = gradients(card.function, call)
+    for i, (ours, theirs) in enumerate(zip(gradients(checkpointed, call), expected, strict=True)):
+        assert_same_bits(ours, theirs, f"gradient {i}")
 
 
 # --- bits ---------------------------------------------------------------------------------------------------------------

@@ -358,7 +358,8 @@ def _mlp_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     results: list[Any] = [None] * 14
     if grad is None:
         return tuple(results)
-    inputs, (pre, pre_gate) = ctx.saved_tensors[:7], ctx.saved_tensors[7:]
+    saved = ctx.saved_tensors  # read once: activation checkpointing refuses a second time
+    inputs, (pre, pre_gate) = saved[:7], saved[7:]
     x = inputs[0]
     # mlp's first inputs are those that MLP_GRADIENTS names, in its order.
     wanted = ctx.needs_input_grad[: len(reference.MLP_GRADIENTS)]

@@ -312,7 +312,8 @@ def _moe_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     results: list[Any] = [None] * _INPUTS
     if grad is None:
         return tuple(results)
-    inputs, kept = ctx.saved_tensors[:9], ctx.saved_tensors[9:]
+    saved = ctx.saved_tensors  # read once: activation checkpointing refuses a second time
+    inputs, kept = saved[:9], saved[9:]
     x = inputs[0]
     wanted = [ctx.needs_input_grad[position] for position in _DIFFERENTIABLE]
     needs = sum(1 << bit for bit, need in enumerate(wanted) if need)
