@@ -198,6 +198,11 @@ def test_activation_checkpointing(card: Card) -> None:
     expected = gradients(card.function, call)
     for i, (ours, theirs) in enumerate(zip(gradients(checkpointed, call), expected, strict=True)):
         assert_same_bits(ours, theirs, f"gradient {i}")
+    inside, wanted = leaves(call)
+    outputs = differentiable(as_tuple(inside.of(checkpointed)))
+    again = torch.autograd.grad(outputs, wanted, cotangents(outputs), create_graph=True, allow_unused=True)
+    for i, (ours, theirs) in enumerate(zip(again, expected, strict=True)):
+        assert_same_bits(ours, theirs, f"gradient {i} under create_graph")
 
 
 # --- bits ---------------------------------------------------------------------------------------------------------------

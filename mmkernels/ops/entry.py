@@ -197,6 +197,16 @@ class _Refuse(torch.autograd.Function):
         raise _no_second_derivative(ctx.name)
 
 
+class _ReadOnce:
+    """A backward pass's context whose saved tensors may be read again: activation checkpointing hands them out once."""
+
+    def __init__(self, ctx: Any) -> None:
+        self._ctx, self.saved_tensors = ctx, ctx.saved_tensors
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
+
+
 def _once(backward: Callable[..., Any], name: str) -> Callable[..., Any]:
     """`backward` whose results, under create_graph, raise when they are differentiated with respect to anything.
 
@@ -205,10 +215,11 @@ def _once(backward: Callable[..., Any], name: str) -> Callable[..., Any]:
     """
 
     def wrapped(ctx: Any, *gradients: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return backward(ctx, *gradients)
+        ctx = _ReadOnce(ctx)
         with torch.no_grad():
             results = backward(ctx, *gradients)
-        if not torch.is_grad_enabled():
-            return results
         sources = [t for t in (*ctx.saved_tensors, *gradients) if isinstance(t, torch.Tensor) and t.requires_grad]
         return tuple(_Refuse.apply(name, r, *sources) if isinstance(r, torch.Tensor) else r for r in results)
 
