@@ -45,7 +45,16 @@ _HALF: dict[str, tuple[_Tile, ...]] = {
 _HALF_ODD: dict[str, tuple[_Tile, ...]] = {
     make: ((64, 64, 32, 8, 2), (64, 32, 32, 8, 2), *((64, 64, 32, 8, 2),) * 3) for make in _HALF
 }
-_SINGLE: dict[str, tuple[_Tile, ...]] = {make: (*((64, 64, 16, 8, 2),) * 4, (64, 64, 16, 4, 2)) for make in _HALF}
+_SINGLE: dict[str, tuple[_Tile, ...]] = {
+    make: (
+        (64, 64, 16, 8, 2),
+        (64, 64, 16, 8, 2),
+        (64, 32, 16, 4, 2),
+        (64, 64, 16, 8, 2),
+        (32, 64, 16, 4, 2),
+    )
+    for make in _HALF
+}
 _SINGLE_ODD: dict[str, tuple[_Tile, ...]] = {
     make: ((64, 64, 16, 8, 2), (64, 32, 16, 8, 2), *((64, 64, 16, 8, 2),) * 3) for make in _HALF
 }
