@@ -8,16 +8,11 @@
 #include "core/parameter.h"
 #include "core/scratch.h"
 #include "core/trace.h"
+#include "linear_operands.h"
 #include "linear_products.h"
-#include "linear_weights.h"
 
 namespace mmk {
 namespace {
-
-Activation activation_of(std::int64_t code) {
-  check(code >= 0 && code <= static_cast<std::int64_t>(Activation::silu), "activation", "expected 0 to 4, got ", code);
-  return static_cast<Activation>(code);
-}
 
 // [..., cols] with the leading dimensions of x.
 Tensor new_rows(const Tensor& x, std::int64_t cols) {
@@ -26,21 +21,6 @@ Tensor new_rows(const Tensor& x, std::int64_t cols) {
   sizes.push_back(cols);
   return new_tensor(x, sizes.data(), static_cast<std::int64_t>(sizes.size()), dtype_of(x));
 }
-
-struct Residual {
-  const void* data = nullptr;
-  std::int64_t stride = 0;
-
-  Residual(const MaybeTensor& residual, const Tensor& x, std::int64_t rows, std::int64_t cols) {
-    if (!residual.has_value()) return;
-    check(on_one_device(*residual, x), "residual", "expected the device of x");
-    check(dtype_of(*residual) == dtype_of(x), "residual", "expected the dtype of x");
-    const Rows shape(*residual, "residual");
-    check(shape.rows == rows && shape.cols == cols, "residual", "expected the shape of the output, ", rows, " rows of ", cols);
-    data = residual->const_data_ptr();
-    stride = shape.stride;
-  }
-};
 
 std::tuple<Tensor, Tensor> linear(Tensor x, Tensor weight, MaybeTensor packed, MaybeTensor current, MaybeTensor bias, MaybeTensor residual,
                  std::int64_t activation, bool need_pre) {
@@ -72,7 +52,7 @@ Tensor grad_of_bias(const GemmChoice& how, Number number, const Matrix& grad, co
   Tensor out = new_tensor(x, {needed ? grad.cols : 0}, bias.has_value() ? dtype_of(*bias) : dtype_of(x));
   if (!needed || grad.cols == 0) return out;
   const std::int64_t chunks = chunks_of(grad.rows);
-  const std::int64_t size = number == Number::float64 ? 8 : 4;
+  const auto size = static_cast<std::int64_t>(bytes_of(accumulators_of(number)));
   char* partial = scratch_of<char>(ScratchUse::partial_sums, chunks * grad.cols * size);
   parallel_for(chunks, grad.rows / chunks * grad.cols, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t chunk = begin; chunk < end; ++chunk)

@@ -16,13 +16,11 @@
 #include "core/tier.h"
 #include "core/trace.h"
 #include "expert_order.h"
+#include "linear_operands.h"
 #include "linear_products.h"
-#include "linear_weights.h"
 
 namespace mmk {
 namespace {
-
-Number accumulators_of(Number number) { return number == Number::float64 ? Number::float64 : Number::float32; }
 
 // [T, C] with contiguous rows.
 struct Tokens {
@@ -126,6 +124,15 @@ const void* weights_of(const Tensor& weights, const Tensor& x, std::int64_t toke
   return weights.const_data_ptr();
 }
 
+// Rows of a matrix, gathered.
+void gather(const void* from, std::int64_t stride, const std::int64_t* rows, std::int64_t count, std::int64_t cols,
+            std::int64_t size, char* to) {
+  parallel_for(count, cols, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t i = begin; i < end; ++i)
+      std::memcpy(to + i * cols * size, static_cast<const char*>(from) + rows[i] * stride * size, static_cast<std::size_t>(cols * size));
+  });
+}
+
 void clear_rows(Tensor& tensor, std::int64_t from) {
   if (tensor.numel() == 0) return;
   const std::int64_t row = tensor.size(1) * static_cast<std::int64_t>(tensor.element_size());
@@ -148,15 +155,9 @@ std::tuple<Tensor, Tensor, Tensor> moe_mlp(Tensor x, Tensor expert_ids, Tensor w
   check(gated || !b_gate.has_value(), "b_gate", "there is no w_gate that it could belong to");
   const Biases bias_in(b_in, "b_in", x, experts, hidden), bias_out(b_out, "b_out", x, experts, cols);
   const Biases bias_gate(b_gate, "b_gate", x, experts, hidden);
-  const void* added = nullptr;
-  std::int64_t added_stride = 0;
-  if (residual.has_value()) {
-    const Tokens rows(*residual, "residual");
-    check(rows.number == number && rows.count == tokens.count && rows.channels == cols && on_one_device(*residual, x), "residual",
-          "expected the shape and dtype of the output");
-    added = rows.data;
-    added_stride = rows.stride;
-  }
+  check(!residual.has_value() || residual->dim() == 2, "residual", "expected [T, N]");
+  const Residual added(residual, x, tokens.count, cols);
+  const Activation activation = activation_of(activation_code);
   const ExpertOrder order(ids, tokens.count * slots, slots, experts, "expert_ids");
   check(order.used() <= max_slots, "max_slots", "expected at least the slots in use, ", order.used(), ", got ", max_slots);
   Tensor out = new_tensor(x, {tokens.count, cols}, dtype_of(x));
@@ -173,11 +174,7 @@ std::tuple<Tensor, Tensor, Tensor> moe_mlp(Tensor x, Tensor expert_ids, Tensor w
   const std::int64_t rows_at = room.add(direct ? 0 : order.used() * cols * size_of_sum);
   const std::int64_t weights_at = room.add(direct ? order.used() * size_of_sum : 0);
   room.allocate();
-  if (direct) {  // in the order of the experts
-    for (std::int64_t i = 0; i < order.used(); ++i)
-      std::memcpy(room.at(weights_at) + i * size_of_sum, static_cast<const char*>(slot_weights) + order.order()[i] * size_of_sum,
-                  static_cast<std::size_t>(size_of_sum));
-  }
+  if (direct) gather(slot_weights, 1, order.order(), order.used(), 1, size_of_sum, room.at(weights_at));
   each_expert(order, experts, tokens.channels * hidden, [&](std::int64_t expert) {
     const std::int64_t begin = order.begin(expert);
     const FeedForward layer{&w.in.how,
@@ -189,7 +186,7 @@ std::tuple<Tensor, Tensor, Tensor> moe_mlp(Tensor x, Tensor expert_ids, Tensor w
                             bias_in.of(expert),
                             bias_gate.of(expert),
                             bias_out.of(expert),
-                            static_cast<Activation>(activation_code),
+                            activation,
                             tokens.channels,
                             hidden,
                             cols,
@@ -210,8 +207,8 @@ std::tuple<Tensor, Tensor, Tensor> moe_mlp(Tensor x, Tensor expert_ids, Tensor w
       rows.out = out.mutable_data_ptr();
       rows.out_rows = order.tokens() + begin;
       rows.row_weights = room.at(weights_at) + begin * size_of_sum;
-      rows.residual = added;
-      rows.residual_stride = added_stride;
+      rows.residual = added.data;
+      rows.residual_stride = added.stride;
     } else {
       rows.out_number = sums;
       rows.out = room.at(rows_at) + begin * cols * size_of_sum;
@@ -219,7 +216,7 @@ std::tuple<Tensor, Tensor, Tensor> moe_mlp(Tensor x, Tensor expert_ids, Tensor w
     feed_forward(layer, rows);
   });
   if (!direct) {
-    combine({room.at(rows_at), order.positions(), slot_weights, slots, cols, added, added_stride, out.mutable_data_ptr()}, number,
+    combine({room.at(rows_at), order.positions(), slot_weights, slots, cols, added.data, added.stride, out.mutable_data_ptr()}, number,
             tokens.count);
   }
   scratch_done(ScratchUse::experts);
@@ -227,15 +224,6 @@ std::tuple<Tensor, Tensor, Tensor> moe_mlp(Tensor x, Tensor expert_ids, Tensor w
 }
 
 // --- gradients --------------------------------------------------------------------------------------------------------------
-// Rows of a matrix, gathered.
-void gather(const void* from, std::int64_t stride, const std::int64_t* rows, std::int64_t count, std::int64_t cols,
-            std::int64_t size, char* to) {
-  parallel_for(count, cols, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t i = begin; i < end; ++i)
-      std::memcpy(to + i * cols * size, static_cast<const char*>(from) + rows[i] * stride * size, static_cast<std::size_t>(cols * size));
-  });
-}
-
 // Sums of an expert's rows, in the order of the rows, as the row `expert` of a gradient in its own dtype.
 void sum_rows(const GemmChoice& how, Number number, const Matrix& grad, const void* row_weights, Tensor& out, std::int64_t expert) {
   if (out.numel() == 0) return;
@@ -253,16 +241,17 @@ Tensor gradient_of(const MaybeTensor& of, const Tensor& x, bool needed) {
   return new_tensor(x, sizes, of->dim(), dtype_of(*of));
 }
 
-// What experts without rows have for a gradient.
-void clear_expert(Tensor& gradient, std::int64_t expert) {
-  if (gradient.numel() == 0) return;
-  const std::int64_t bytes = gradient.numel() / gradient.size(0) * static_cast<std::int64_t>(gradient.element_size());
-  std::memset(static_cast<char*>(gradient.mutable_data_ptr()) + expert * bytes, 0, static_cast<std::size_t>(bytes));
+std::int64_t bytes_of_expert(const Tensor& gradient) {
+  return gradient.numel() / gradient.size(0) * static_cast<std::int64_t>(gradient.element_size());
 }
 
-void* matrix_of(Tensor& gradient, std::int64_t expert) {
-  const std::int64_t bytes = gradient.numel() / gradient.size(0) * static_cast<std::int64_t>(gradient.element_size());
-  return static_cast<char*>(gradient.mutable_data_ptr()) + expert * bytes;
+char* of_expert(Tensor& gradient, std::int64_t expert) {
+  return static_cast<char*>(gradient.mutable_data_ptr()) + expert * bytes_of_expert(gradient);
+}
+
+// What experts without rows have for a gradient.
+void clear_expert(Tensor& gradient, std::int64_t expert) {
+  if (gradient.numel() > 0) std::memset(of_expert(gradient, expert), 0, static_cast<std::size_t>(bytes_of_expert(gradient)));
 }
 
 void check_rows(const Tensor& tensor, const char* name, const Tensor& x, std::int64_t rows, std::int64_t cols) {
@@ -296,6 +285,7 @@ MoeGradients moe_mlp_backward(Tensor grad, Tensor x, Tensor expert_ids, Tensor w
   check(pre.dim() == 2 && pre.size(0) >= order.used(), "pre", "expected a row for each slot in use");
   check_rows(pre, "pre", x, pre.size(0), hidden);
   if (gated) check_rows(pre_gate, "pre_gate", x, pre.size(0), hidden);
+  const Activation activation = activation_of(activation_code);
   const GemmChoice& how = w.in.how;
   trace("moe_mlp_backward", how.name);
   const auto need = [&](MoeNeed what) { return (needs & static_cast<std::int64_t>(what)) != 0; };
@@ -319,9 +309,7 @@ MoeGradients moe_mlp_backward(Tensor grad, Tensor x, Tensor expert_ids, Tensor w
   const std::int64_t x_slots = room.add(need(MoeNeed::x) ? order.used() * channels * size_of_sum : 0);
   const std::int64_t weights_at = room.add(order.used() * size_of_sum), dots_at = room.add(order.used() * size_of_sum);
   room.allocate();
-  for (std::int64_t i = 0; i < order.used(); ++i)
-    std::memcpy(room.at(weights_at) + i * size_of_sum, static_cast<const char*>(slot_weights) + order.order()[i] * size_of_sum,
-                static_cast<std::size_t>(size_of_sum));
+  gather(slot_weights, 1, order.order(), order.used(), 1, size_of_sum, room.at(weights_at));
   const auto activation_gradient = how.kernels->activation_gradient[static_cast<int>(number)];
   const auto add_dots = kernels_for(number).kernels->add_dots[static_cast<int>(number)];
 
@@ -354,7 +342,7 @@ MoeGradients moe_mlp_backward(Tensor grad, Tensor x, Tensor expert_ids, Tensor w
     call.row_dots = need(MoeNeed::weights) ? dots : nullptr;
     call.grad_stride = hidden;
     call.cols = hidden;
-    call.activation = static_cast<Activation>(activation_code);
+    call.activation = activation;
     parallel_for(count, hidden, [&](std::int64_t from, std::int64_t to) { activation_gradient(call, from, to); });
     if (need(MoeNeed::weights) && bias_out.of(expert) != nullptr) {
       const MoeDots products{upstream.data, cols, cols, bias_out.of(expert), dots};
@@ -362,7 +350,7 @@ MoeGradients moe_mlp_backward(Tensor grad, Tensor x, Tensor expert_ids, Tensor w
     }
     const Matrix of_up{own.at(before_at), count, hidden, hidden}, of_gate{own.at(before_gate_at), count, hidden, hidden};
     if (need(MoeNeed::w_out))
-      grad_of_weight(how, number, upstream, {own.at(again_at), count, hidden, hidden}, matrix_of(grad_w_out, expert));
+      grad_of_weight(how, number, upstream, {own.at(again_at), count, hidden, hidden}, of_expert(grad_w_out, expert));
     sum_rows(how, number, upstream, row_weights, grad_b_out, expert);
     sum_rows(how, number, of_up, nullptr, grad_b_in, expert);
     if (gated) sum_rows(how, number, of_gate, nullptr, grad_b_gate, expert);
@@ -370,8 +358,8 @@ MoeGradients moe_mlp_backward(Tensor grad, Tensor x, Tensor expert_ids, Tensor w
     if (need(MoeNeed::w_in) || of_w_gate) {
       gather(tokens.data, tokens.stride, order.tokens() + begin, count, channels, size, own.at(input_at));
       const Matrix input{own.at(input_at), count, channels, channels};
-      if (need(MoeNeed::w_in)) grad_of_weight(how, number, of_up, input, matrix_of(grad_w_in, expert));
-      if (of_w_gate) grad_of_weight(how, number, of_gate, input, matrix_of(grad_w_gate, expert));
+      if (need(MoeNeed::w_in)) grad_of_weight(how, number, of_up, input, of_expert(grad_w_in, expert));
+      if (of_w_gate) grad_of_weight(how, number, of_gate, input, of_expert(grad_w_gate, expert));
     }
     if (need(MoeNeed::x)) {
       product = grad_of_input(how, number, of_up, w.in.of(expert).operand, channels, nullptr);
@@ -470,7 +458,7 @@ std::tuple<Tensor, Tensor, Tensor> grouped_linear_backward(Tensor grad, Tensor x
     }
     if (need_weight) {
       gather(tokens.data, tokens.stride, rows, count, w.k, size, own.at(input_at));
-      grad_of_weight(w.how, tokens.number, upstream, {own.at(input_at), count, w.k, w.k}, matrix_of(grad_weight, group));
+      grad_of_weight(w.how, tokens.number, upstream, {own.at(input_at), count, w.k, w.k}, of_expert(grad_weight, group));
     }
     if (need_bias) sum_rows(w.how, tokens.number, upstream, nullptr, grad_bias, group);
     scratch_done(ScratchUse::expert_gradients);

@@ -68,7 +68,7 @@ struct Problem {
         values(of_values, "values"),
         batch(of_x.size(0)),
         number(x.number),
-        wide(number == Number::float64 ? Number::float64 : Number::float32),
+        wide(accumulators_of(number)),
         how(choose_gemm(wide)),
         tier(tier_for(silu_attention_kernels_tiers, wide == Number::float64)),
         scale(factor),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -65,9 +66,7 @@ def _moe_call(
 
     def make(device: torch.device, dtype: torch.dtype, g: torch.Generator) -> Call:
         x = torch.randn((*leading, channels), generator=g).to(device=device, dtype=dtype)
-        tokens = 1
-        for size in leading:
-            tokens *= size
+        tokens = math.prod(leading)
         ids = _ids((tokens, slots), experts, spread, g).to(device)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         weights = torch.rand((tokens, slots), generator=g).to(device=device, dtype=wide)

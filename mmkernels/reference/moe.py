@@ -200,15 +200,8 @@ def moe_mlp_backward_op(
             return x.new_empty(0) if like is None else like.new_empty(0)
         return torch.zeros(like.shape, dtype=like.dtype, device=like.device)
 
-    grads = {
-        "weights": zeros("weights", weights),
-        "w_in": zeros("w_in", w_in),
-        "w_out": zeros("w_out", w_out),
-        "w_gate": zeros("w_gate", w_gate),
-        "b_in": zeros("b_in", b_in),
-        "b_out": zeros("b_out", b_out),
-        "b_gate": zeros("b_gate", b_gate),
-    }
+    inputs = (weights, w_in, w_out, w_gate, b_in, b_out, b_gate)
+    grads = {name: zeros(name, like) for name, like in zip(MOE_GRADIENTS[1:], inputs, strict=True)}
     slots_x = x.new_zeros((max(1, pre.size(0)), x.size(1)))
     for expert, (begin, end) in enumerate(_bounds(offsets)):
         slot = order[begin:end]

@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 
 from mmkernels.reference.linear import ACTIVATIONS
-from mmkernels.reference.moe import moe_needs
+from mmkernels.reference.moe import MOE_GRADIENTS, moe_needs
 from mmkernels.triton import attention_launch as launch
 from mmkernels.triton import moe_kernels as kernels
 from mmkernels.triton.expert_order import expert_order, sort
@@ -316,7 +316,7 @@ def moe_mlp_backward(
     grads = {
         name: x.new_empty(0) if like is None else like.new_empty(0)
         for name, like in zip(
-            ("x", "weights", "w_in", "w_out", "w_gate", "b_in", "b_out", "b_gate"),
+            MOE_GRADIENTS,
             (x, weights, w_in, w_out, w_gate, b_in, b_out, b_gate),
             strict=True,
         )

@@ -61,6 +61,9 @@ inline std::size_t bytes_of(Number number) {
   return bytes[static_cast<int>(number)];
 }
 
+// The type that products of this one are summed in.
+inline Number accumulators_of(Number number) { return number == Number::float64 ? Number::float64 : Number::float32; }
+
 // Whether the accumulators of one arithmetic can be packed as A of the other block by block.
 bool feeds(const GemmArithmetic& first, const GemmArithmetic& second);
 

@@ -1,12 +1,31 @@
-// Weights of linear layers as calls take them: a matrix [N, K], or one for each expert [E, N, K]; and packed, as pack_linear
-// packs them for many calls.
+// What linear layers, feed-forward layers and experts take: an activation by its number, a residual, and weights, a matrix
+// [N, K] or one for each expert [E, N, K]; these also packed, as pack_linear packs them for many calls.
 #pragma once
 #include <optional>
 
 #include "../common/arguments.h"
+#include "../common/matrix.h"
 #include "core/gemm_call.h"
 
 namespace mmk {
+
+Activation activation_of(std::int64_t code);
+
+// What is added to an output of rows x cols.
+struct Residual {
+  const void* data = nullptr;
+  std::int64_t stride = 0;
+
+  Residual(const MaybeTensor& residual, const Tensor& x, std::int64_t rows, std::int64_t cols) {
+    if (!residual.has_value()) return;
+    check(on_one_device(*residual, x), "residual", "expected the device of x");
+    check(dtype_of(*residual) == dtype_of(x), "residual", "expected the dtype of x");
+    const Rows shape(*residual, "residual");
+    check(shape.rows == rows && shape.cols == cols, "residual", "expected the shape of the output, ", rows, " rows of ", cols);
+    data = residual->const_data_ptr();
+    stride = shape.stride;
+  }
+};
 
 Tensor pack_linear(Tensor weight, std::int64_t number, std::int64_t version);
 

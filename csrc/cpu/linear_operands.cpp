@@ -1,5 +1,5 @@
-// Weights of linear layers, plain and packed. linear_weights.h says what for.
-#include "linear_weights.h"
+// Operands of linear layers: activations by number, weights plain and packed. linear_operands.h says what for.
+#include "linear_operands.h"
 
 #include <cstddef>
 #include <cstring>
@@ -50,6 +50,11 @@ GemmOperand advanced(const GemmOperand& operand, std::int64_t elements) {
 }
 
 }  // namespace
+
+Activation activation_of(std::int64_t code) {
+  check(code >= 0 && code <= static_cast<std::int64_t>(Activation::silu), "activation", "expected 0 to 4, got ", code);
+  return static_cast<Activation>(code);
+}
 
 Tensor pack_linear(Tensor weight, std::int64_t number_code, std::int64_t version) {
   const std::int64_t dims = weight.dim();
