@@ -21,7 +21,7 @@ from mmkernels.nn.tensor_classes import op_takes_sharded
 from mmkernels.ops.checks import check_float, check_int
 from mmkernels.ops.entry import autocast_dtype
 from mmkernels.ops.linear import linear
-from mmkernels.ops.moe import moe_mlp
+from mmkernels.ops.moe import moe_mlp, with_lora
 from mmkernels.ops.routing import KINDS, Routing, route
 from mmkernels.reference import moe as reference
 from mmkernels.reference import routing as routing_reference
@@ -273,8 +273,7 @@ class MoE(KernelSwitch):
         taken = {name: getattr(self, name) for name in ("w_in", "w_out", "w_gate", "b_in", "b_out", "b_gate")}
         for name in ("in", "out", "gate"):
             down, up = getattr(self, f"lora_down_{name}"), getattr(self, f"lora_up_{name}")
-            if down is not None:
-                taken[f"w_{name}"] = torch.baddbmm(taken[f"w_{name}"], up, down, alpha=self.lora_scale)
+            taken[f"w_{name}"] = with_lora(taken[f"w_{name}"], down, up, self.lora_scale, f"w_{name}")
         return taken
 
     def forward(

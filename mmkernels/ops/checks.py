@@ -29,9 +29,10 @@ def check_tokens(value: Any, name: str, shape: str, dtypes: tuple[torch.dtype, .
 
 
 def check_matrix(value: Any, name: str, shape: str, dtypes: tuple[torch.dtype, ...]) -> Tensor:
-    """A dense tensor of two dimensions, of one of `dtypes`, whatever its strides."""
+    """A dense matrix, or matrices, of as many dimensions as `shape` ("[N, K]") names, of one of `dtypes`, whatever its
+    strides."""
     _check_dense(value, name, shape, dtypes)
-    if value.dim() != 2:
+    if value.dim() != shape.count(",") + 1:
         raise ValueError(f"{name}: expected {shape}, got shape {tuple(value.shape)}")
     return value
 

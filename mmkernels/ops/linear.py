@@ -31,9 +31,10 @@ def activation_code(activation: Any) -> int:
     return _CODES[activation]
 
 
-def _check_weight(weight: Any, name: str, shape: tuple[Any, Any], x: Tensor, packed: Tensor | None) -> None:
-    """[N, K] in the dtype of x (of any dtype beside its packed form); None in `shape` is any size."""
-    check_matrix(weight, name, "[N, K]", DTYPES)
+def check_weight(weight: Any, name: str, shape: tuple[Any, ...], x: Tensor, packed: Tensor | None) -> None:
+    """[N, K], or with a `shape` of three sizes [E, N, K], in the dtype of x (of any dtype beside its packed form); None in
+    `shape` is any size."""
+    check_matrix(weight, name, "[N, K]" if len(shape) == 2 else "[E, N, K]", DTYPES)
     if weight.device != x.device:
         raise ValueError(f"{name}: expected the device of x, {x.device}, got {weight.device}")
     if packed is None and weight.dtype != x.dtype:
@@ -69,7 +70,7 @@ def _check_linear(
     *_: Any,
 ) -> None:
     check_tokens(x, "x", "[..., K]", DTYPES)
-    _check_weight(weight, "weight", (None, x.shape[-1]), x, packed)
+    check_weight(weight, "weight", (None, x.shape[-1]), x, packed)
     check_parameter(bias, "bias", weight.shape[0], x, "x")
     _check_residual(residual, x, weight.shape[0])
 
@@ -99,13 +100,13 @@ def _check_mlp(
     *_: Any,
 ) -> None:
     check_tokens(x, "x", "[..., K]", DTYPES)
-    _check_weight(w_in, "w_in", (None, x.shape[-1]), x, packed_in)
+    check_weight(w_in, "w_in", (None, x.shape[-1]), x, packed_in)
     hidden = w_in.shape[0]
     if w_gate is not None:
-        _check_weight(w_gate, "w_gate", tuple(w_in.shape), x, packed_gate)
+        check_weight(w_gate, "w_gate", tuple(w_in.shape), x, packed_gate)
     elif b_gate is not None:
         raise ValueError("b_gate: expected None where there is no w_gate")
-    _check_weight(w_out, "w_out", (None, hidden), x, packed_out)
+    check_weight(w_out, "w_out", (None, hidden), x, packed_out)
     check_parameter(b_in, "b_in", hidden, x, "x")
     check_parameter(b_out, "b_out", w_out.shape[0], x, "x")
     check_parameter(b_gate, "b_gate", hidden, x, "x")
@@ -137,7 +138,7 @@ def _new(x: Tensor, cols: Any) -> Tensor:
     return torch.empty((*x.shape[:-1], cols), dtype=x.dtype, device=x.device)
 
 
-def _new_or_none(needed: bool, shape: tuple[Any, ...], like: Tensor) -> Tensor:
+def new_or_none(needed: bool, shape: tuple[Any, ...], like: Tensor) -> Tensor:
     return torch.empty(shape if needed else (0,), dtype=like.dtype, device=like.device)
 
 
@@ -153,7 +154,7 @@ def _fake_linear(
 ) -> tuple[Tensor, Tensor]:
     _check_linear(x, weight, packed, current, bias, residual, activation)
     cols = weight.shape[0]
-    return _new(x, cols), _new_or_none(need_pre, (*x.shape[:-1], cols), x)
+    return _new(x, cols), new_or_none(need_pre, (*x.shape[:-1], cols), x)
 
 
 def _fake_linear_backward(
@@ -169,17 +170,17 @@ def _fake_linear_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_linear_backward(grad, x, weight, pre, bias)
     return (
-        _new_or_none(need_x, tuple(x.shape), x),
-        _new_or_none(need_weight, tuple(weight.shape), x),
-        _new_or_none(need_bias, (weight.shape[0],), x if bias is None else bias),
+        new_or_none(need_x, tuple(x.shape), x),
+        new_or_none(need_weight, tuple(weight.shape), x),
+        new_or_none(need_bias, (weight.shape[0],), x if bias is None else bias),
     )
 
 
 def _fake_mlp(x: Tensor, w_in: Tensor, w_out: Tensor, w_gate: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     _check_mlp(x, w_in, w_out, w_gate, *rest)
     hidden, need_pre = (*x.shape[:-1], w_in.shape[0]), rest[-1]
-    pre_gate = _new_or_none(need_pre and w_gate is not None, hidden, x)
-    return _new(x, w_out.shape[0]), _new_or_none(need_pre, hidden, x), pre_gate
+    pre_gate = new_or_none(need_pre and w_gate is not None, hidden, x)
+    return _new(x, w_out.shape[0]), new_or_none(need_pre, hidden, x), pre_gate
 
 
 def _fake_mlp_backward(
@@ -201,13 +202,13 @@ def _fake_mlp_backward(
     hidden, gated = w_in.shape[0], w_gate is not None
 
     def bias(name: str, size: Any, like: Tensor | None) -> Tensor:
-        return _new_or_none(need[name] and (name != "b_gate" or gated), (size,), x if like is None else like)
+        return new_or_none(need[name] and (name != "b_gate" or gated), (size,), x if like is None else like)
 
     return (
-        _new_or_none(need["x"], tuple(x.shape), x),
-        _new_or_none(need["w_in"], tuple(w_in.shape), x),
-        _new_or_none(need["w_out"], tuple(w_out.shape), x),
-        _new_or_none(need["w_gate"] and gated, tuple(w_in.shape), x),
+        new_or_none(need["x"], tuple(x.shape), x),
+        new_or_none(need["w_in"], tuple(w_in.shape), x),
+        new_or_none(need["w_out"], tuple(w_out.shape), x),
+        new_or_none(need["w_gate"] and gated, tuple(w_in.shape), x),
         bias("b_in", hidden, b_in),
         bias("b_out", w_out.shape[0], b_out),
         bias("b_gate", hidden, b_gate),
@@ -300,9 +301,9 @@ implement(
 
 
 # --- autograd ---------------------------------------------------------------------------------------------------------
-def _like_x(weight: Tensor, x: Tensor) -> Tensor:
+def like_x(weight: Tensor | None, x: Tensor) -> Tensor | None:
     """The weight that int8 was made of may have another dtype than x."""
-    return weight if weight.dtype == x.dtype else weight.to(x.dtype)
+    return weight if weight is None or weight.dtype == x.dtype else weight.to(x.dtype)
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -323,7 +324,7 @@ def _linear_backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[A
         any(source.requires_grad for source in sources),
         grad.contiguous(),
         x,
-        _like_x(weight, x),
+        like_x(weight, x),
         pre,
         bias,
         ctx.activation,
@@ -368,7 +369,7 @@ def _mlp_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
         any(value is not None and value.requires_grad for value in (grad, *inputs)),
         grad.contiguous(),
         x,
-        *(None if weight is None else _like_x(weight, x) for weight in inputs[1:4]),
+        *(like_x(weight, x) for weight in inputs[1:4]),
         *inputs[4:],
         pre,
         pre_gate,
@@ -394,10 +395,11 @@ def _laid_out(x: Any) -> Any:
     return x if x.dim() == 2 and x.stride(-1) == 1 else x.contiguous()
 
 
-def _unit_stride(weight: Any) -> Any:
-    if not isinstance(weight, Tensor) or weight.layout != torch.strided or weight.is_contiguous() or weight.dim() != 2:
+def unit_stride(weight: Any, dims: int = 2) -> Any:
+    """A matrix, or with `dims` of 3 matrices, with one dimension contiguous; what is none is left to the checks."""
+    if not isinstance(weight, Tensor) or weight.layout != torch.strided or weight.is_contiguous() or weight.dim() != dims:
         return weight
-    return weight if 1 in weight.stride() else weight.contiguous()
+    return weight if 1 in weight.stride()[-2:] else weight.contiguous()
 
 
 def _expanded(residual: Any, x: Any, weight: Any) -> Any:
@@ -454,7 +456,7 @@ def linear(
         weight, packed = cast_weight(given, weight, packed, dtype)
         residual, late = late_residual(residual, x)
     check_pack(given, packed, x, "weight")
-    x, weight = _laid_out(x), _unit_stride(weight)
+    x, weight = _laid_out(x), unit_stride(weight)
     if residual is not None:
         residual = _expanded(residual, x, weight)
     if is_compiling():
@@ -525,7 +527,7 @@ def mlp(
     packs = (packed_in, packed_out, packed_gate)
     for packed, weight, name in zip(packs, given, ("w_in", "w_out", "w_gate"), strict=True):
         check_pack(weight, packed, x, name)
-    x, w_in, w_out, w_gate = _laid_out(x), _unit_stride(w_in), _unit_stride(w_out), _unit_stride(w_gate)
+    x, w_in, w_out, w_gate = _laid_out(x), unit_stride(w_in), unit_stride(w_out), unit_stride(w_gate)
     if residual is not None:
         residual = _expanded(residual, x, w_out)
     arguments = (x, w_in, w_out, w_gate, b_in, b_out, b_gate, *packs)

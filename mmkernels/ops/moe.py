@@ -20,7 +20,16 @@ from mmkernels.ops.entry import (
     stats_dtype,
     wants_gradient,
 )
-from mmkernels.ops.linear import WeightLike, activation_code, late_residual, matrix_tier
+from mmkernels.ops.linear import (
+    WeightLike,
+    activation_code,
+    check_weight,
+    late_residual,
+    like_x,
+    matrix_tier,
+    new_or_none,
+    unit_stride,
+)
 from mmkernels.ops.packed_linear import DTYPES, cast, cast_weight, check_pack, current_packs, unpack
 from mmkernels.reference import moe as reference
 from mmkernels.reference.linear import as_rows
@@ -43,22 +52,6 @@ def _check_ids(value: Any, name: str, shape: str) -> None:
 def _check_order(expert_ids: Any, num_experts: int) -> None:
     _check_ids(expert_ids, "expert_ids", "[T, K]")
     check_int(num_experts, "num_experts", 1)
-
-
-def _check_experts(weight: Any, name: str, sizes: tuple[Any, Any, Any], x: Tensor, packed: Tensor | None) -> None:
-    """[E, N, K] in the dtype of x (of any dtype beside its packed form); None in `sizes` is any size."""
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"{name}: expected a tensor [E, N, K], got {type(weight).__name__}")
-    if weight.dim() != 3:
-        raise ValueError(f"{name}: expected [E, N, K], got shape {tuple(weight.shape)}")
-    check_tokens(weight, name, "[E, N, K]", DTYPES)
-    if weight.device != x.device:
-        raise ValueError(f"{name}: expected the device of x, {x.device}, got {weight.device}")
-    if packed is None and weight.dtype != x.dtype:
-        raise TypeError(f"{name}: expected the dtype of x, {x.dtype}, got {weight.dtype}")
-    if any(want is not None and got != want for got, want in zip(weight.shape, sizes, strict=True)):
-        wanted = ", ".join("any" if size is None else str(size) for size in sizes)
-        raise ValueError(f"{name}: expected shape ({wanted}), got {tuple(weight.shape)}")
 
 
 def _check_moe(
@@ -92,11 +85,11 @@ def _check_moe(
             f"routing: expected weights {tuple(expert_ids.shape)} in {stats_dtype(x)}, got {tuple(weights.shape)} in "
             f"{weights.dtype}"
         )
-    _check_experts(w_in, "w_in", (None, None, x.shape[1]), x, packed_in)
+    check_weight(w_in, "w_in", (None, None, x.shape[1]), x, packed_in)
     experts, hidden = w_in.shape[:2]
-    _check_experts(w_out, "w_out", (experts, None, hidden), x, packed_out)
+    check_weight(w_out, "w_out", (experts, None, hidden), x, packed_out)
     if w_gate is not None:
-        _check_experts(w_gate, "w_gate", (experts, hidden, x.shape[1]), x, packed_gate)
+        check_weight(w_gate, "w_gate", (experts, hidden, x.shape[1]), x, packed_gate)
     elif b_gate is not None:
         raise ValueError("b_gate: expected None where there is no w_gate")
     check_biases(b_in, "b_in", (experts, hidden), x, "x")
@@ -142,7 +135,7 @@ def _check_grouped(x: Any, group_ids: Any, weight: Any, packed: Tensor | None, c
         raise ValueError(f"group_ids: expected the device of x, {x.device}, got {group_ids.device}")
     if group_ids.shape[0] != x.shape[0]:
         raise ValueError(f"group_ids: expected one for each of the {x.shape[0]} tokens, got {tuple(group_ids.shape)}")
-    _check_experts(weight, "weight", (None, None, x.shape[1]), x, packed)
+    check_weight(weight, "weight", (None, None, x.shape[1]), x, packed)
     check_biases(bias, "bias", tuple(weight.shape[:2]), x, "x")
 
 
@@ -162,18 +155,14 @@ def _fake_order(expert_ids: Tensor, num_experts: Any) -> tuple[Tensor, Tensor, T
     )
 
 
-def _new(needed: bool, shape: tuple[Any, ...], like: Tensor) -> Tensor:
-    return torch.empty(shape if needed else (0,), dtype=like.dtype, device=like.device)
-
-
 def _fake_moe(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     _check_moe(x, *rest)
     w_in, w_out, w_gate, max_slots, need_pre = rest[2], rest[3], rest[4], rest[14], rest[15]
     kept = (max_slots, w_in.shape[1])
     return (
         torch.empty((x.shape[0], w_out.shape[1]), dtype=x.dtype, device=x.device),
-        _new(need_pre, kept, x),
-        _new(need_pre and w_gate is not None, kept, x),
+        new_or_none(need_pre, kept, x),
+        new_or_none(need_pre and w_gate is not None, kept, x),
     )
 
 
@@ -182,7 +171,7 @@ def _fake_moe_backward(grad: Tensor, x: Tensor, expert_ids: Tensor, *rest: Any) 
     need = reference.moe_needs(rest[-1])
     inputs = (x, *rest[:7])
     return tuple(
-        x.new_empty(0) if value is None else _new(need[name], tuple(value.shape), value)
+        x.new_empty(0) if value is None else new_or_none(need[name], tuple(value.shape), value)
         for name, value in zip(reference.MOE_GRADIENTS, inputs, strict=True)
     )
 
@@ -197,9 +186,9 @@ def _fake_grouped_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_grouped_backward(grad, x, group_ids, weight, bias)
     return (
-        _new(need_x, tuple(x.shape), x),
-        _new(need_weight, tuple(weight.shape), weight),
-        _new(need_bias, tuple(weight.shape[:2]), x if bias is None else bias),
+        new_or_none(need_x, tuple(x.shape), x),
+        new_or_none(need_weight, tuple(weight.shape), weight),
+        new_or_none(need_bias, tuple(weight.shape[:2]), x if bias is None else bias),
     )
 
 
@@ -303,11 +292,6 @@ def _moe_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, 
     ctx.set_materialize_grads(False)
 
 
-def _like_x(weight: Tensor | None, x: Tensor) -> Tensor | None:
-    """The weight that int8 was made of may have another dtype than x."""
-    return weight if weight is None or weight.dtype == x.dtype else weight.to(x.dtype)
-
-
 def _moe_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     results: list[Any] = [None] * _INPUTS
     if grad is None:
@@ -321,7 +305,7 @@ def _moe_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
         any(value is not None and value.requires_grad for value in (grad, *inputs)),
         grad.contiguous(),
         *inputs[:3],
-        *(_like_x(weight, x) for weight in inputs[3:6]),
+        *(like_x(weight, x) for weight in inputs[3:6]),
         *inputs[6:],
         *kept,
         ctx.activation,
@@ -351,7 +335,7 @@ def _grouped_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         grad.contiguous(),
         x,
         group_ids,
-        _like_x(weight, x),
+        like_x(weight, x),
         bias,
         need_x,
         need_weight,
@@ -412,7 +396,8 @@ class ExpertLora(NamedTuple):
     up_gate: Tensor | None = None
 
 
-def _with_lora(weight: Any, down: Tensor | None, up: Tensor | None, scale: float, name: str) -> Any:
+def with_lora(weight: Any, down: Tensor | None, up: Tensor | None, scale: float, name: str) -> Any:
+    """weight [E, N, K] + scale up [E, N, R] down [E, R, K], or the weight itself without factors."""
     if down is None and up is None:
         return weight
     if not isinstance(weight, Tensor):
@@ -438,13 +423,6 @@ def _rows(x: Any) -> Any:
 
 def _dense(value: Any) -> Any:
     return value.contiguous() if isinstance(value, Tensor) and value.layout == torch.strided else value
-
-
-def _matrices(weight: Any) -> Any:
-    """[E, N, K] with one of its last dimensions contiguous."""
-    if not isinstance(weight, Tensor) or weight.layout != torch.strided or weight.dim() != 3 or weight.is_contiguous():
-        return weight
-    return weight if 1 in weight.stride()[1:] else weight.contiguous()
 
 
 def _check_routing(routing: Any, x: Any) -> None:
@@ -504,9 +482,9 @@ def moe_mlp(
     """
     _check_routing(routing, x)
     if lora is not None:
-        w_in = _with_lora(w_in, lora.down_in, lora.up_in, lora.scale, "w_in")
-        w_out = _with_lora(w_out, lora.down_out, lora.up_out, lora.scale, "w_out")
-        w_gate = _with_lora(w_gate, lora.down_gate, lora.up_gate, lora.scale, "w_gate")
+        w_in = with_lora(w_in, lora.down_in, lora.up_in, lora.scale, "w_in")
+        w_out = with_lora(w_out, lora.down_out, lora.up_out, lora.scale, "w_out")
+        w_gate = with_lora(w_gate, lora.down_gate, lora.up_gate, lora.scale, "w_gate")
     given = (w_in, w_out, w_gate)
     w_in, b_in, packed_in = unpack(w_in, b_in, "w_in", "b_in")
     w_out, b_out, packed_out = unpack(w_out, b_out, "w_out", "b_out")
@@ -524,7 +502,7 @@ def moe_mlp(
     packs = (packed_in, packed_out, packed_gate)
     for packed, weight, name in zip(packs, given, ("w_in", "w_out", "w_gate"), strict=True):
         check_pack(weight, packed, x, name)
-    w_in, w_out, w_gate = _matrices(w_in), _matrices(w_out), _matrices(w_gate)
+    w_in, w_out, w_gate = unit_stride(w_in, 3), unit_stride(w_out, 3), unit_stride(w_gate, 3)
     leading = x.shape[:-1]
     arguments = (
         _rows(x),
@@ -583,7 +561,7 @@ def grouped_linear(x: Tensor, group_ids: Tensor, weight: WeightLike, bias: Tenso
         x, bias = cast(x, dtype), cast(bias, dtype)
         weight, packed = cast_weight(given, weight, packed, dtype)
     check_pack(given, packed, x, "weight")
-    weight = _matrices(weight)
+    weight = unit_stride(weight, 3)
     leading = x.shape[:-1]
     if isinstance(group_ids, Tensor) and group_ids.shape == leading:
         group_ids = group_ids.reshape(-1)

@@ -14,7 +14,7 @@ from torch.compiler import is_compiling
 from torch.utils import _pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
-from mmkernels.ops.checks import check_biases, check_matrix, check_parameter, check_tokens
+from mmkernels.ops.checks import check_biases, check_matrix, check_parameter
 from mmkernels.ops.entry import define, translated
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -189,7 +189,7 @@ def pack_linear(weight: Tensor, bias: Tensor | None = None, *, dtype: torch.dtyp
     Transformers at Scale" (2022), without its outliers.
     """
     if isinstance(weight, Tensor) and weight.dim() == 3:
-        check_tokens(weight, "weight", "[E, N, K]", DTYPES)
+        check_matrix(weight, "weight", "[E, N, K]", DTYPES)
         check_biases(bias, "bias", tuple(weight.shape[:2]), weight, "weight")
     else:
         check_matrix(weight, "weight", "[N, K]", DTYPES)
