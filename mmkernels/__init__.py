@@ -8,7 +8,7 @@ kernels, and a definition in plain PyTorch beside it (``mmkernels.reference``).
 """
 
 import importlib
-from types import ModuleType
+from typing import Any
 
 from mmkernels.inspection import explain, info
 from mmkernels.ops.attention import attention
@@ -65,8 +65,10 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> ModuleType:
-    """mk.nn and mk.models, imported when they are first asked for."""
-    if name in ("models", "nn"):
+def __getattr__(name: str) -> Any:
+    """mk.integrations, mk.models, mk.nn and the swap, imported when they are first asked for."""
+    if name in ("integrations", "models", "nn"):
         return importlib.import_module(f"mmkernels.{name}")
+    if name in ("SwapReport", "swap", "swapped", "unswap"):
+        return getattr(importlib.import_module("mmkernels.integrations"), name)
     raise AttributeError(f"module 'mmkernels' has no attribute {name!r}")
