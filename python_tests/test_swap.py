@@ -154,7 +154,7 @@ def test_verify_sees_wrong_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not found.within_rule and found.outside and "NOT within the rule" in str(found)
     monkeypatch.setattr(mk.nn.Linear, "forward", lambda self, x, residual=None: right(self, x, residual) * torch.nan)
     found = report.verify(inputs, gradients=False)
-    assert not found.within_rule and "finite elsewhere" in str(found)
+    assert not found.within_rule and "not finite where" in str(found)
 
 
 def test_coverage_sees_what_is_left() -> None:

@@ -6,13 +6,19 @@ from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from mmkernels.integrations.rules import full_name
 from mmkernels.nn.linear import untouched
+from mmkernels.nn.tensor_classes import op_takes
 
 # An activation that the ops have no name for.
 UNKNOWN: Final = "unknown"
+
+DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+# In the place of a dropout layer that a module has none of.
+NO_DROP: Final = nn.Dropout(0.0)
 
 _FUNCTIONS: dict[Any, str] = {F.relu: "relu", torch.relu: "relu", F.gelu: "gelu", F.silu: "silu"}
 
@@ -53,3 +59,24 @@ def activation_name(activation: Any) -> str | None:
     if name == "gelu" and getattr(activation, "approximate", "none") == "tanh":
         return "gelu_tanh"
     return name
+
+
+def drop_of(layer: nn.Module) -> nn.Module:
+    """The dropout layer that :func:`mmkernels.nn.mlp.feed_forward` takes for one that may be the identity."""
+    return NO_DROP if untouched(layer, nn.Identity) else layer
+
+
+def stands_in(layer: nn.Module, kind: type) -> bool:
+    """Whether a part is a swapped one of `kind` whose work its parent may do: nobody listens to it."""
+    return isinstance(layer, kind) and untouched(layer, type(layer))
+
+
+def unusual(parameter: Tensor | None) -> str | None:
+    """Why the ops do not take a parameter, of a module that has lazy, quantised or other ones; None where they do."""
+    if parameter is None:
+        return None
+    if isinstance(parameter, nn.parameter.UninitializedParameter):
+        return "its parameters have no shape before the first call: swap after it"
+    if parameter.dtype not in DTYPES:
+        return f"its weight is {parameter.dtype}"
+    return None if op_takes(parameter) else f"its weight is a {type(parameter).__name__}"

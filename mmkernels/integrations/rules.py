@@ -29,7 +29,11 @@ RECORD = "_mmkernels_swap"
 DECLINED = "_mmkernels_declined"
 
 # The packages that rules exist for, by the first word of a class's module; imported when such a class is met.
-_PACKAGES = {"torch": "torch_nn"}
+_PACKAGES = {
+    "monai": "monai",
+    "open_clip": "open_clip",
+    "torch": "torch_nn",
+}
 
 # The names under which the packages are distributed.
 _DISTRIBUTIONS = {"open_clip": "open_clip_torch"}
@@ -124,14 +128,14 @@ def version_of(cls: type) -> str:
         return package
 
 
-def why_not(module: nn.Module, rule: Rule) -> str | None:
-    """Why `rule` cannot be applied to the module, whose class it is for; None where it can."""
+def why_unknown(module: nn.Module, rule: Rule) -> str | None:
+    """Why the module's forward pass is not the one that `rule` is for; None where it is."""
     if "forward" in module.__dict__:
         return "it has a forward of its own, which somebody set on the instance"
     cls = type(module)
     if rule.forward and (digest(cls) or "") not in rule.forward:
         return f"{version_of(cls)}: its forward is not one that mmkernels knows"
-    return rule.refuses(module)
+    return None
 
 
 # --- replaced modules -------------------------------------------------------------------------------------------------

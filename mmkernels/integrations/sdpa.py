@@ -9,11 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmkernels.integrations.parts import DTYPES
 from mmkernels.integrations.rules import Rule, Swapped
-from mmkernels.nn.tensor_classes import op_takes
+from mmkernels.nn.tensor_classes import laid_out, op_takes
 from mmkernels.ops.attention import attention
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def sdpa(
@@ -32,7 +31,7 @@ def sdpa(
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
-    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    query, key, value = (laid_out(x) for x in (query, key, value))
     bias = mask = None
     if attn_mask is not None:
         if attn_mask.dtype == torch.bool:
@@ -61,7 +60,7 @@ def refused(
         return "tensors of another class"
     if query.is_nested or key.is_nested or value.is_nested:
         return "nested tensors"
-    if query.dtype not in _DTYPES or key.dtype != query.dtype or value.dtype != query.dtype:
+    if query.dtype not in DTYPES or key.dtype != query.dtype or value.dtype != query.dtype:
         return f"dtypes {query.dtype}, {key.dtype}, {value.dtype}"
     if query.dim() < 3 or key.dim() != query.dim() or value.dim() != query.dim():
         return "operands of fewer than 3 dimensions, or of different ones"

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from mmkernels.integrations.report import Entry, SwapReport
-from mmkernels.integrations.rules import Change, Rule, full_name, put_back, record_of, rule_of, why_not
+from mmkernels.integrations.rules import Change, Rule, full_name, put_back, record_of, rule_of, why_unknown
 from mmkernels.integrations.sdpa import SDPA_RULE, calls_sdpa
 from mmkernels.nn.packed import Packing
 
@@ -136,16 +136,16 @@ def swapped(
 
 def _choose(module: nn.Module) -> tuple[Rule | None, str | None]:
     """The rule that a module is replaced by, or why there is none."""
-    cls = type(module)
-    rule = rule_of(cls)
-    reason = None if rule is None else why_not(module, rule)
-    if (rule is None or reason is not None) and calls_sdpa(module):
+    rule = rule_of(type(module))
+    unknown = None if rule is None else why_unknown(module, rule)
+    if rule is not None and unknown is None:
+        return rule, rule.refuses(module)
+    if calls_sdpa(module):
         return SDPA_RULE, None
-    if rule is not None:
-        return rule, reason
-    if any(True for _ in module.children()):
-        return None, "no rule for this class; its parts are listed below"
-    return None, "no rule for this class"
+    if unknown is not None:
+        return None, unknown
+    parts = "; its parts are listed below" if any(True for _ in module.children()) else ""
+    return None, f"no rule for this class{parts}"
 
 
 def _apply(changes: list[Change]) -> None:

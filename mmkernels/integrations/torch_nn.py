@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmkernels.integrations.parts import UNKNOWN, activation_name, meet_activation
+from mmkernels.integrations.parts import NO_DROP, UNKNOWN, activation_name, meet_activation, unusual
 from mmkernels.integrations.rules import Rule, Swapped, add_rule, replaces
 from mmkernels.nn.attention import MultiheadAttention
 from mmkernels.nn.linear import Linear, activated, untouched, untouched_linear
@@ -16,19 +16,6 @@ from mmkernels.nn.mlp import dropped, feed_forward
 from mmkernels.nn.norm import LayerNorm, RMSNorm
 from mmkernels.nn.packed import WeightPack
 from mmkernels.nn.tensor_classes import op_takes
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-def _unusual(parameter: Tensor | None) -> str | None:
-    """Why the ops do not take a parameter, of a module that has lazy, quantised or other ones; None where they do."""
-    if parameter is None:
-        return None
-    if isinstance(parameter, nn.parameter.UninitializedParameter):
-        return "its parameters have no shape before the first call: swap after it"
-    if parameter.dtype not in _DTYPES:
-        return f"its weight is {parameter.dtype}"
-    return None if op_takes(parameter) else f"its weight is a {type(parameter).__name__}"
 
 
 # --- linear layers and norms ------------------------------------------------------------------------------------------
@@ -44,13 +31,13 @@ def _norm_attributes(module: nn.Module, dtype: torch.dtype | None) -> dict[str, 
 def _norm_refuses(module: Any) -> str | None:
     if len(module.normalized_shape) != 1:
         return f"it normalises over {len(module.normalized_shape)} dimensions"
-    return _unusual(module.weight)
+    return unusual(module.weight)
 
 
 def _linear_refuses(module: Any) -> str | None:
     if type(module) is not nn.Linear and type(module).forward is not nn.Linear.forward:
         return "its forward is not that of nn.Linear"
-    return _unusual(module.weight)
+    return unusual(module.weight)
 
 
 for _name in ("Linear", "NonDynamicallyQuantizableLinear"):
@@ -90,7 +77,7 @@ class SwappedMultiheadAttention(Swapped, MultiheadAttention):
 
     @staticmethod
     def refuses(module: Any) -> str | None:
-        return _unusual(module.out_proj.weight)
+        return unusual(module.out_proj.weight)
 
     @staticmethod
     def attributes(module: nn.Module, dtype: torch.dtype | None) -> dict[str, Any]:
@@ -248,20 +235,17 @@ class SwappedSequential(Swapped):
                 x = layer(x)
                 at += 1
                 continue
-            drop = _NO_DROP
+            drop = NO_DROP
             if len(following) == 3 and untouched(following[1], nn.Dropout):
                 drop = following.pop(1)
-            skipped = at + 1 + (drop is not _NO_DROP)
+            skipped = at + 1 + (drop is not NO_DROP)
             if len(following) > 1 and untouched_linear(following[1]):
-                x = feed_forward(x, layer, following[1], name, drop, _NO_DROP, None)
+                x = feed_forward(x, layer, following[1], name, drop, NO_DROP, None)
                 at = skipped + 2
             else:
                 x = activated(layer, x, name)
                 at += 2
         return x
-
-
-_NO_DROP = nn.Dropout(0.0)
 
 
 def _pairs(layers: list[nn.Module]) -> list[bool]:

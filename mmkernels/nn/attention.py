@@ -12,7 +12,7 @@ from mmkernels.nn.linear import Linear, run
 from mmkernels.nn.mlp import KernelSwitch
 from mmkernels.nn.norm import LayerNorm
 from mmkernels.nn.packed import Packing, WeightPack
-from mmkernels.nn.tensor_classes import op_takes
+from mmkernels.nn.tensor_classes import laid_out, op_takes
 from mmkernels.ops.attention import attention
 from mmkernels.ops.linear import linear
 
@@ -186,18 +186,19 @@ class MultiheadAttention(Packing, KernelSwitch, nn.MultiheadAttention):
             weight = self.in_proj_weight
             if query is key and key is value:
                 packed = None if self.training else self._pack.of(weight, bias)
-                qkv = linear(query, weight, bias) if packed is None else linear(query, packed)
+                x = laid_out(query)
+                qkv = linear(x, weight, bias) if packed is None else linear(x, packed)
                 return qkv.unflatten(-1, (3, *heads)).unbind(-3)
             if key is value:
                 sizes = (self.embed_dim, 2 * self.embed_dim)
                 w_q, w_kv = weight.split(sizes)
                 b_q, b_kv = (None, None) if bias is None else bias.split(sizes)
-                kv = linear(key, w_kv, b_kv).unflatten(-1, (2, *heads))
-                return linear(query, w_q, b_q).unflatten(-1, heads), *kv.unbind(-3)
+                kv = linear(laid_out(key), w_kv, b_kv).unflatten(-1, (2, *heads))
+                return linear(laid_out(query), w_q, b_q).unflatten(-1, heads), *kv.unbind(-3)
             weights = weight.chunk(3)
         biases = (None, None, None) if bias is None else bias.chunk(3)
         operands = zip((query, key, value), weights, biases, strict=True)
-        return tuple(linear(x, w, b).unflatten(-1, heads) for x, w, b in operands)
+        return tuple(linear(laid_out(x), w, b).unflatten(-1, heads) for x, w, b in operands)
 
     def _with_extra_keys(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, int]:
         """k and v with bias_k and bias_v, then a key and value of zeros, behind them; and how many that were."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from mmkernels.nn.packed import Packing, WeightPack
-from mmkernels.nn.tensor_classes import op_takes
+from mmkernels.nn.tensor_classes import laid_out, op_takes
 from mmkernels.ops.linear import linear
 from mmkernels.ops.packed_linear import PackedLinear
 from mmkernels.reference.linear import ACTIVATIONS, activate
@@ -101,7 +101,7 @@ def run(layer: Linear, x: Tensor, activation: str | None, residual: Tensor | Non
     if layer.kernels and op_takes(x, residual):
         taken = operand(layer)
         if taken is not None:
-            return linear(x, *taken, activation=activation, residual=residual)
+            return linear(laid_out(x), *taken, activation=activation, residual=residual)
     out = activate(F.linear(x, layer.weight, layer.bias), activation)
     return out if residual is None else out + residual
 

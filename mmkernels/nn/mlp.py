@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mmkernels.nn.linear import Linear, activated, added, check_activation, operand, untouched, untouched_linear
 from mmkernels.nn.norm import LayerNorm
-from mmkernels.nn.tensor_classes import op_takes
+from mmkernels.nn.tensor_classes import laid_out, op_takes
 from mmkernels.ops.linear import mlp
 
 NORMS = (None, "product", "factors")
@@ -61,7 +61,7 @@ def feed_forward(
     (w_in, b_in), (w_out, b_out), (w_gate, b_gate) = taken
     late = _drops(drop_out)
     out = mlp(
-        x,
+        laid_out(x),
         w_in,
         w_out,
         b_in,

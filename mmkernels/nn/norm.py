@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmkernels.nn.tensor_classes import op_takes
+from mmkernels.nn.tensor_classes import laid_out, op_takes
 from mmkernels.ops.norm import layer_norm, rms_norm
 
 
@@ -38,7 +38,7 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kernels and op_takes(x, self.weight, self.bias):
-            return layer_norm(x, self.weight, self.bias, self.eps)
+            return layer_norm(laid_out(x), self.weight, self.bias, self.eps)
         return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
 
     def extra_repr(self) -> str:
@@ -72,7 +72,7 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kernels and op_takes(x, self.weight):
-            return rms_norm(x, self.weight, torch.finfo(x.dtype).eps if self.eps is None else self.eps)
+            return rms_norm(laid_out(x), self.weight, torch.finfo(x.dtype).eps if self.eps is None else self.eps)
         return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
 
     def extra_repr(self) -> str:

@@ -1,4 +1,4 @@
-"""Which classes of tensors the ops take; modules run plain torch on the others."""
+"""Which tensors the ops take; modules run plain torch on other classes, and copy those of another layout."""
 
 from __future__ import annotations
 
@@ -18,6 +18,11 @@ def op_takes(*tensors: Tensor | None) -> bool:
         if tensor is not None and type(tensor) not in _TENSORS:
             return False
     return True
+
+
+def laid_out(x: Tensor) -> Tensor:
+    """x, or a copy where its last dimension is not contiguous: torch's modules, which ours stand for, take any strides."""
+    return x if x.dim() == 0 or x.stride(-1) == 1 else x.contiguous()
 
 
 def op_takes_sharded(*tensors: Tensor | None) -> bool:

@@ -19,6 +19,13 @@ from mmkernels.ops.window_attention import window_attention
 from mmkernels.reference.window_attention import pipeline
 
 
+def clipped(grid: Sequence[int], window: Sequence[int], shift: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(window, shift) on a grid: an axis that is no longer than the window is the window there, and is not shifted."""
+    small = [size <= extent for size, extent in zip(grid, window, strict=True)]
+    fitted = tuple(max(size, 1) if s else extent for size, extent, s in zip(grid, window, small, strict=True))
+    return fitted, tuple(0 if s else step for step, s in zip(shift, small, strict=True))
+
+
 class WindowAttention(KernelSwitch):
     """The attention of a Swin block, shift and windows included: x [B, *grid, C] -> [B, *grid, C].
 
@@ -90,7 +97,9 @@ class WindowAttention(KernelSwitch):
             TypeError, ValueError: with kernels, as :func:`mmkernels.window_attention`.
         """
         qkv = self.qkv(x)
-        window, shift = self._clipped(qkv.shape[1:-1])
+        window, shift = self.window_size, self.shift
+        if self.clip and qkv.dim() == len(window) + 2:
+            window, shift = clipped(qkv.shape[1:-1], window, shift)
         run = window_attention if self.kernels and op_takes(qkv, self.relative_position_bias_table) else pipeline
         out = run(
             qkv,
@@ -103,16 +112,6 @@ class WindowAttention(KernelSwitch):
             bias_window=self.window_size,
         )
         return self.proj(out)
-
-    def _clipped(self, grid: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """(window, shift) for this grid."""
-        if not self.clip or len(grid) != len(self.window_size):
-            return self.window_size, self.shift
-        clipped = [size <= extent for size, extent in zip(grid, self.window_size, strict=True)]
-        window = (
-            max(size, 1) if small else extent for size, extent, small in zip(grid, self.window_size, clipped, strict=True)
-        )
-        return tuple(window), tuple(0 if small else step for step, small in zip(self.shift, clipped, strict=True))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         state_dict.pop(f"{prefix}relative_position_index", None)
