@@ -19,8 +19,8 @@ from mmkernels.integrations.named import Need, load_model, needs
 from mmkernels.integrations.swap import swap
 
 NOTE = (
-    "Where the weights are random, and for words, which are hashed to ids because no vocabulary is downloaded, what the model "
-    "says means nothing. The times, and how close two computations of the same model come, do not depend on that."
+    "Where the weights are random, and for words, which are hashed to ids because no vocabulary is downloaded, what the "
+    "model says means nothing. The times, and how close two computations of the same model come, do not depend on that."
 )
 
 # Seconds of timing for each round that is asked for.

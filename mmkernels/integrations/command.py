@@ -62,9 +62,8 @@ def run(
     inputs = {name: value.to(target) for name, value in random_inputs(network, batch, number).items()}
     say(machine_line(target))
     shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items())
-    say(
-        f"{source} {model.removeprefix(source + ':')}, {sum(p.numel() for p in network.parameters()) / 1e6:.1f} M parameters, {dtype}, {shapes}"
-    )
+    name, size = model.removeprefix(f"{source}:"), sum(parameter.numel() for parameter in network.parameters())
+    say(f"{source} {name}, {size / 1e6:.1f} M parameters, {dtype}, {shapes}")
     report = swap(network, only=only, skip=skip, dtype=torch.int8 if int8 else None)
     for entry in report.entries if every else ():
         say(f"  {entry.status:>15} {entry.name or '(the model)'} {entry.cls}: {entry.runs or entry.reason}")

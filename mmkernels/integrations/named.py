@@ -40,8 +40,8 @@ def load_model(name: str, *, weights: Path | None = None, seed: int = 0) -> tupl
 
     Args:
         name: a timm model ("vit_base_patch16_224"), a type of transformers ("bert", "clip": its configuration by default),
-            or a folder or a name that transformers finds on this machine, weights included; "timm:" or "transformers:" before
-            it says which is meant.
+            or a folder or a name that transformers finds on this machine, weights included; "timm:" or "transformers:"
+            before it says which is meant.
         weights: a state_dict to load, a file of safetensors or of torch.
         seed: of the random weights.
 
