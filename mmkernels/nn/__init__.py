@@ -12,6 +12,7 @@ from mmkernels.nn.moe import MoE
 from mmkernels.nn.nested_mlp import NestedMlp
 from mmkernels.nn.norm import LayerNorm, RMSNorm
 from mmkernels.nn.packed import repack
+from mmkernels.nn.self_attention import SelfAttention
 from mmkernels.nn.skill_mlp import SkillMlp
 from mmkernels.nn.token_roll import TokenRoll, TokenRollLayerNorm, visual_ranges
 from mmkernels.nn.window_attention import WindowAttention
@@ -32,6 +33,7 @@ __all__ = [
     "MultiheadAttention",
     "NestedMlp",
     "RMSNorm",
+    "SelfAttention",
     "SkillMlp",
     "TokenRoll",
     "TokenRollLayerNorm",

@@ -339,7 +339,7 @@ class CrossAttention(KernelSwitch):
         if self.kernels and op_takes(q, k, v, mask, bias):
             out = attention(q, k, v, mask=mask, bias=bias, dropout_p=dropout_p)
         else:
-            out = _plain_attention(q, k, v, mask, bias, dropout_p)
+            out = plain_attention(q, k, v, mask, bias, dropout_p)
         return self.proj(out.transpose(1, 2).flatten(2))
 
     def extra_repr(self) -> str:
@@ -349,7 +349,7 @@ class CrossAttention(KernelSwitch):
         )
 
 
-def _plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, dropout_p: float) -> Tensor:
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, dropout_p: float) -> Tensor:
     if bias is not None:
         bias = bias.to(q.dtype)
         mask = bias if mask is None else torch.where(mask, bias, -torch.inf)
