@@ -201,6 +201,14 @@ def test_unswap_brings_everything_back(name: str) -> None:
     assert_same_bits(run(model, inputs), plain, "unswapped")
 
 
+def test_attributes_of_the_same_name_come_back() -> None:
+    layer = nn.Linear(C, C)
+    layer.activation = "its owner's"  # type: ignore[assignment]
+    mk.swap(layer)
+    assert layer.activation is None
+    assert mk.unswap(layer).activation == "its owner's"
+
+
 def test_no_other_model_is_touched() -> None:
     model, inputs = made("blocks")
     other = copy.deepcopy(model)
@@ -387,7 +395,7 @@ def test_padded_batches_of_an_encoder_give_what_torch_gives() -> None:
 @pytest.mark.parametrize(
     "case",
     ["4 dimensions", "3 dimensions", "5 dimensions", "bool mask", "float mask", "float32 mask", "broadcast", "causal", "gqa",
-     "scale", "strided", "mask and causal", "integer", "2 dimensions"],
+     "scale", "strided", "mask and causal", "integer", "2 dimensions", "fewer heads"],
 )  # fmt: skip
 def test_torchs_function_through_the_op(case: str) -> None:
     from mmkernels.integrations.sdpa import refused, sdpa
@@ -400,7 +408,7 @@ def test_torchs_function_through_the_op(case: str) -> None:
 
     leading = {"2 dimensions": (), "3 dimensions": (3,), "5 dimensions": (2, 3, 2)}.get(case, (2, 4))
     q = random(*leading, 5, 8)
-    kv = (2, 2) if case == "gqa" else (1, 4) if case == "broadcast" else leading
+    kv = (2, 2) if case in ("gqa", "fewer heads") else (1, 4) if case == "broadcast" else leading
     k, v = random(*kv, 7, 8), random(*kv, 7, 8)
     options: dict[str, Any] = {}
     if case == "bool mask":
@@ -419,8 +427,8 @@ def test_torchs_function_through_the_op(case: str) -> None:
         options |= {"attn_mask": random(5, 7), "is_causal": True}
     if case == "float32 mask":  # torch's function takes no other dtype than the queries'
         wanted = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **options).to(dtype)
-    elif case == "integer":
-        q = q.int()
+    elif case in ("integer", "fewer heads"):
+        q = q.int() if case == "integer" else q
         with pytest.raises(RuntimeError) as theirs:
             F.scaled_dot_product_attention(q, k, v, **options)
         with pytest.raises(RuntimeError) as ours:
