@@ -33,6 +33,8 @@ _PACKAGES = {
     "monai": "monai",
     "open_clip": "open_clip",
     "torch": "torch_nn",
+    "transformers": "transformers_rules",
+    "transformers_modules": "transformers_rules",  # files of code beside weights, whose layers are written like its own
 }
 
 # The names under which the packages are distributed.
@@ -72,11 +74,20 @@ class Rule:
 
 _rules: dict[str, Rule] = {}
 
+# Asked for the rules of classes that have none by their name.
+_finders: dict[str, Callable[[type], Rule | None]] = {}
+
 
 def add_rule(rule: Rule) -> None:
     if rule.replaces in _rules:
         raise ValueError(f"replaces: {rule.replaces} has a rule already")
     _rules[rule.replaces] = rule
+
+
+def add_finder(package: str, finder: Callable[[type], Rule | None]) -> None:
+    """Has `finder` say which rule, if any, is for a class of the package that no rule names: packages that write one forward
+    pass into many classes have rules for the forward pass."""
+    _finders[package] = finder
 
 
 def replaces(*names: str, runs: Iterable[str], forward: Iterable[str] = ()) -> Callable[[AnyClass], AnyClass]:
@@ -99,21 +110,24 @@ def full_name(cls: type) -> str:
 
 def rule_of(cls: type) -> Rule | None:
     """The rule for modules of exactly this class."""
-    package = _PACKAGES.get(cls.__module__.split(".")[0])
-    if package is not None:
-        importlib.import_module(f"mmkernels.integrations.{package}")
-    return _rules.get(full_name(cls))
+    package = cls.__module__.split(".")[0]
+    if package in _PACKAGES:
+        importlib.import_module(f"mmkernels.integrations.{_PACKAGES[package]}")
+    rule = _rules.get(full_name(cls))
+    finder = _finders.get(package)
+    return finder(cls) if rule is None and finder is not None else rule
 
 
 def digest(cls: type) -> str | None:
     """Sixteen digits that stand for the source of a class's forward; None where there is no source to be read."""
-    return _digest(cls.forward)  # type: ignore[attr-defined]
+    return digest_of(cls.forward)  # type: ignore[attr-defined]
 
 
 @cache
-def _digest(forward: Callable[..., Any]) -> str | None:
+def digest_of(function: Callable[..., Any]) -> str | None:
+    """The same of any function."""
     try:
-        source = inspect.getsource(forward)
+        source = inspect.getsource(function)
     except (OSError, TypeError):
         return None
     return hashlib.sha256(textwrap.dedent(source).encode()).hexdigest()[:16]

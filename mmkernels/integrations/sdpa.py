@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from types import FunctionType, ModuleType
+from collections.abc import Callable
+from types import CellType, FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -92,14 +93,35 @@ class CallsSdpa(Swapped):
     def forward_of(original: type[nn.Module]) -> Any:
         """A copy of the class's forward whose globals hold :func:`sdpa` where torch's function was. (A torch function mode
         would do it too, at a cost for every call of torch, and torch.compile cannot trace all that happens under one.)"""
-        forward = original.forward
-        changed = {name: _substitute(forward.__globals__.get(name)) for name in forward.__code__.co_names}
-        scope = forward.__globals__ | {name: value for name, value in changed.items() if value is not None}
+        return with_globals(original.forward, _substitute)
+
+
+def with_globals(function: Any, substitute: Callable[[Any], Any]) -> Any:
+    """A copy of a function in which each global that it names is `substitute` of it, where that is not None; a decorator
+    that holds the function in its closure is copied around it."""
+    inner = function.__dict__.get("__wrapped__")
+    scope, closure = function.__globals__, function.__closure__
+    attributes = dict(function.__dict__)
+    if isinstance(inner, FunctionType):
+        attributes["__wrapped__"] = with_globals(inner, substitute)
+        held = CellType(attributes["__wrapped__"])
+        closure = tuple(held if _holds(cell, inner) else cell for cell in closure or ())
+    else:
+        changed = {name: substitute(scope.get(name)) for name in function.__code__.co_names}
+        scope = scope | {name: value for name, value in changed.items() if value is not None}
         del scope["__name__"]  # by which torch.compile would go to the module for them
-        copied = FunctionType(forward.__code__, scope, forward.__name__, forward.__defaults__, forward.__closure__)
-        copied.__kwdefaults__ = forward.__kwdefaults__
-        copied.__module__, copied.__qualname__, copied.__doc__ = forward.__module__, forward.__qualname__, forward.__doc__
-        return copied
+    copied = FunctionType(function.__code__, scope, function.__name__, function.__defaults__, closure)
+    copied.__kwdefaults__ = function.__kwdefaults__
+    copied.__module__, copied.__qualname__, copied.__doc__ = function.__module__, function.__qualname__, function.__doc__
+    copied.__dict__.update(attributes)
+    return copied
+
+
+def _holds(cell: CellType, value: Any) -> bool:
+    try:
+        return cell.cell_contents is value
+    except ValueError:  # nothing yet
+        return False
 
 
 def _substitute(value: Any) -> Any:
