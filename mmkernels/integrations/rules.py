@@ -32,6 +32,7 @@ DECLINED = "_mmkernels_declined"
 _PACKAGES = {
     "monai": "monai",
     "open_clip": "open_clip",
+    "timm": "timm",
     "torch": "torch_nn",
 }
 
@@ -105,9 +106,10 @@ def rule_of(cls: type) -> Rule | None:
     return _rules.get(full_name(cls))
 
 
-def digest(cls: type) -> str | None:
-    """Sixteen digits that stand for the source of a class's forward; None where there is no source to be read."""
-    return _digest(cls.forward)  # type: ignore[attr-defined]
+def digest(cls: type, method: str = "forward") -> str | None:
+    """Sixteen digits that stand for the source of a class's forward, or of another of its methods; None where there is no
+    source to be read."""
+    return _digest(getattr(cls, method))
 
 
 @cache
@@ -128,14 +130,18 @@ def version_of(cls: type) -> str:
         return package
 
 
+def unknown_source(cls: type, known: tuple[str, ...], method: str = "forward") -> str | None:
+    """Why a class stays of which a method has none of the `known` digests; None where it has one."""
+    if (digest(cls, method) or "") in known:
+        return None
+    return f"{version_of(cls)}: its {method} is not one that mmkernels knows"
+
+
 def why_unknown(module: nn.Module, rule: Rule) -> str | None:
     """Why the module's forward pass is not the one that `rule` is for; None where it is."""
     if "forward" in module.__dict__:
         return "it has a forward of its own, which somebody set on the instance"
-    cls = type(module)
-    if rule.forward and (digest(cls) or "") not in rule.forward:
-        return f"{version_of(cls)}: its forward is not one that mmkernels knows"
-    return None
+    return unknown_source(type(module), rule.forward) if rule.forward else None
 
 
 # --- replaced modules -------------------------------------------------------------------------------------------------
