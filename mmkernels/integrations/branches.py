@@ -49,7 +49,7 @@ def joined(residual: Tensor, branch: nn.Module, after: tuple[nn.Module, ...], *a
             if not passes(layer):
                 break
         else:
-            return branch.added_to(residual, *args, **kwargs)  # type: ignore[no-any-return, operator]
+            return branch.added_to(residual, *args, **kwargs)  # type: ignore[operator]
     out = branch(*args, **kwargs)
     for layer in after:
         out = layer(out)
@@ -60,7 +60,7 @@ def biased(layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
     """F.linear(x, layer.weight, bias), as it is written where a projection's bias is kept apart from it; the layer itself
     where there is none."""
     if bias is None:
-        return layer(x)  # type: ignore[no-any-return]
+        return layer(x)
     ours = untouched_linear(layer) and layer.bias is None and op_takes(x, bias)
     taken = operand(layer) if ours else None  # type: ignore[arg-type]
     if taken is None:

@@ -52,7 +52,7 @@ class SwappedLayerNorm2d(_Norm):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.kernels or not op_takes(x, self.weight, self.bias):
-            return self.original("tensors of another class", x)  # type: ignore[no-any-return]
+            return self.original("tensors of another class", x)
         return layer_norm(laid_out(x.permute(0, 2, 3, 1)), self.weight, self.bias, self.eps).permute(0, 3, 1, 2)
 
 
@@ -66,7 +66,7 @@ class SwappedRmsNorm(_Norm):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.kernels or not op_takes(x, self.weight):
-            return self.original("tensors of another class", x)  # type: ignore[no-any-return]
+            return self.original("tensors of another class", x)
         return rms_norm(laid_out(x), self.weight, self.eps)
 
 
@@ -124,7 +124,9 @@ class SwappedSwiGLU(_Mlp):
     def added_to(self, residual: Tensor | None, x: Tensor) -> Tensor:  # type: ignore[override]
         name = self._fused()
         if name != UNKNOWN:
-            return feed_forward(x, self.fc1_x, self.fc2, name, drop_of(self.drop1), drop_of(self.drop2), residual, gate=self.fc1_g)
+            return feed_forward(
+                x, self.fc1_x, self.fc2, name, drop_of(self.drop1), drop_of(self.drop2), residual, gate=self.fc1_g
+            )
         name = activation_name(self.act)
         gate = self.act(self.fc1_g(x)) if name == UNKNOWN else activated(self.fc1_g, x, name)
         return self._out(gate * self.fc1_x(x), residual)
@@ -165,9 +167,7 @@ class SwappedGluMlp(_Mlp):
         return taken
 
 
-@replaces(
-    "timm.models.pvt_v2.MlpWithDepthwiseConv", runs=("mk.linear",), forward=("5c8e11a7460889e1",)
-)
+@replaces("timm.models.pvt_v2.MlpWithDepthwiseConv", runs=("mk.linear",), forward=("5c8e11a7460889e1",))
 class SwappedConvMlp(Branch):
     """PVTv2's MLP, with a depthwise convolution before its activation: the residual is added in fc2."""
 

@@ -143,7 +143,7 @@ class _Rotary(_Gated):
         return self._normed_out(x, attended, residual)
 
     def _packed_projection(self, qkv: nn.Module, x: Tensor) -> Tensor:
-        return qkv(x)  # type: ignore[no-any-return]
+        return qkv(x)
 
     def _turned(self, x: Tensor, rope: Tensor) -> Tensor:
         prefix = self.num_prefix_tokens

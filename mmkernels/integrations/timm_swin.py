@@ -32,7 +32,7 @@ class WindowAttention(Swapped):
     qkv: Any
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        return self.original("windows that were cut before", x, mask)  # type: ignore[no-any-return]
+        return self.original("windows that were cut before", x, mask)
 
     def reason(self) -> str | None:
         """Why its block cannot do its work now."""
@@ -158,7 +158,7 @@ class _Block(Swapped):
             return "a mask that was made for another grid"
         if any(not 0 <= step < extent for step, extent in zip(self.shift_size, self.window_size, strict=True)):
             return "a shift of a window or more"
-        return attn.reason()  # type: ignore[no-any-return]
+        return attn.reason()
 
     def _masks_fit(self, x: Tensor) -> bool:
         if getattr(self, "dynamic_mask", False):
@@ -187,7 +187,7 @@ class _Block(Swapped):
         return dropped(attn.proj, out, attn.proj_drop, residual)
 
     def _published(self, x: Tensor) -> Tensor:
-        return super()._attn(x)  # type: ignore[misc, no-any-return]
+        return super()._attn(x)  # type: ignore[misc]
 
     def _with_normed(self, x: Tensor) -> Tensor:
         """V2's order, in which each branch is normalised, then added: [B, H, W, C] -> [B, H * W, C]."""
@@ -244,10 +244,10 @@ class SwappedSwinV2CrBlock(_Block):
         return mask or unknown_source(cls, ("0f0dd60559290c93",), "_shifted_window_attn")
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm3(self._with_normed(x)).unflatten(1, x.shape[1:3])  # type: ignore[no-any-return]
+        return self.norm3(self._with_normed(x)).unflatten(1, x.shape[1:3])
 
     def _resolution(self) -> Sequence[int]:
         return self.feat_size
 
     def _published(self, x: Tensor) -> Tensor:
-        return self._shifted_window_attn(x)  # type: ignore[attr-defined, no-any-return]
+        return self._shifted_window_attn(x)  # type: ignore[attr-defined]
