@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmkernels.integrations import timm_attention, timm_swin  # noqa: F401 - their rules
+from mmkernels.integrations import timm_swin  # noqa: F401 - its rules
 from mmkernels.integrations.branches import Branch, joined, passes
 from mmkernels.integrations.parts import UNKNOWN, activation_name, drop_of, meet_activation, unusual
 from mmkernels.integrations.rules import Swapped, replaces
+from mmkernels.integrations.timm_attention import plane_of
 from mmkernels.nn.linear import activated, added, operand, untouched, untouched_linear
 from mmkernels.nn.mlp import dropped, feed_forward
 from mmkernels.nn.norm import LayerNorm
@@ -189,7 +190,7 @@ class SwappedConvMlp(Branch):
     def added_to(self, residual: Tensor | None, x: Tensor, feat_size: list[int]) -> Tensor:  # type: ignore[override]
         relu = activation_name(self.relu)
         x = self.fc1(x) if relu == UNKNOWN else activated(self.fc1, x, relu)
-        x = x.transpose(1, 2).unflatten(2, feat_size)
+        x = plane_of(x, feat_size)
         x = self.dwconv(self.relu(x) if relu == UNKNOWN else x)
         return dropped(self.fc2, self.drop(self.act(x.flatten(2).transpose(1, 2))), drop_of(self.drop), residual)
 

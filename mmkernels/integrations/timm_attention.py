@@ -24,6 +24,11 @@ def split(x: Tensor, parts: int, heads: int) -> Any:
     return x.unflatten(-1, (parts, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
+def plane_of(x: Tensor, feat_size: list[int]) -> Tensor:
+    """[B, H * W, C] -> a view [B, C, H, W], whose strides say that channels are last for a batch of one image too."""
+    return x.unflatten(1, tuple(feat_size)).permute(0, 3, 1, 2)
+
+
 class AttentionBranch(Branch):
     """What attention layers share: timm gives the scores to F.scaled_dot_product_attention, or computes them."""
 
@@ -277,7 +282,7 @@ class SwappedPyramidAttention(AttentionBranch):
     def _fewer(self, x: Tensor, feat_size: list[int]) -> Tensor:
         if self.sr is None or self.norm is None:
             return x
-        plane = x.transpose(1, 2).unflatten(2, feat_size)
+        plane = plane_of(x, feat_size)
         plane = self.sr(plane if self.pool is None else self.pool(plane))
         x = self.norm(plane.flatten(2).transpose(1, 2))
         return x if self.act is None or self.pool is None else self.act(x)
