@@ -21,7 +21,6 @@ from torch import Tensor, nn
 import mmkernels as mk
 from mmkernels.integrations import rules
 from mmkernels.integrations.calls import mapped, tensors, to_dtype
-from mmkernels.integrations.verification import Difference
 
 hf = oracle("transformers")
 if not hasattr(hf.integrations.moe, "ExpertsInterface"):
@@ -69,15 +68,6 @@ def state_of(model: nn.Module) -> dict[str, Any]:
     return {name: (type(module), dict(module.__dict__)) for name, module in model.named_modules()}
 
 
-def holds(difference: Difference) -> bool:
-    """The rule for outputs. Gradients of models with some hundred parameters are given more: those of the biases of keys are
-    0 but for rounding, and the error of a gradient of one or four numbers is the luck of one draw."""
-    if difference.within_rule:
-        return True
-    of_gradient = difference.name.startswith("gradient")
-    return of_gradient and difference.after <= 6 * difference.before + 8 * difference.eps * difference.largest
-
-
 # --- the numbers ------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", MODELS)
@@ -85,8 +75,7 @@ def test_outputs_and_gradients_hold_and_the_kernels_do_the_work(name: str, dtype
     model, inputs = made(name, dtype)
     report = mk.swap(model)
     found = report.verify(inputs)
-    wrong = [difference for difference in found.differences if not holds(difference)]
-    assert not wrong and not found.problems, f"{wrong}\n{found}"
+    assert found.within_rule, str(found)
     assert found.oracle == torch.float64
     assert any(difference.name.startswith("gradient") for difference in found.differences)
     covered = report.coverage(inputs)
@@ -511,7 +500,7 @@ def test_experts_by_grouped_mm_in_bfloat16() -> None:
     covered = report.coverage(inputs)
     assert covered.share > 0.9 and not covered.fallbacks
     found = report.verify(inputs)
-    assert all(holds(difference) for difference in found.differences) and not found.problems, str(found)
+    assert found.within_rule, str(found)
     model.set_experts_implementation("batched_mm")
     run(model, inputs)
     assert not report.declined

@@ -32,6 +32,7 @@ DECLINED = "_mmkernels_declined"
 _PACKAGES = {
     "monai": "monai",
     "open_clip": "open_clip",
+    "timm": "timm",
     "torch": "torch_nn",
     "transformers": "transformers_rules",
     "transformers_modules": "transformers_rules",  # files of code beside weights, whose layers are written like its own
@@ -118,9 +119,10 @@ def rule_of(cls: type) -> Rule | None:
     return finder(cls) if rule is None and finder is not None else rule
 
 
-def digest(cls: type) -> str | None:
-    """Sixteen digits that stand for the source of a class's forward; None where there is no source to be read."""
-    return digest_of(cls.forward)  # type: ignore[attr-defined]
+def digest(cls: type, method: str = "forward") -> str | None:
+    """Sixteen digits that stand for the source of a class's forward, or of another of its methods; None where there is no
+    source to be read."""
+    return digest_of(getattr(cls, method))
 
 
 @cache
@@ -142,14 +144,18 @@ def version_of(cls: type) -> str:
         return package
 
 
+def unknown_source(cls: type, known: tuple[str, ...], method: str = "forward") -> str | None:
+    """Why a class stays of which a method has none of the `known` digests; None where it has one."""
+    if (digest(cls, method) or "") in known:
+        return None
+    return f"{version_of(cls)}: its {method} is not one that mmkernels knows"
+
+
 def why_unknown(module: nn.Module, rule: Rule) -> str | None:
     """Why the module's forward pass is not the one that `rule` is for; None where it is."""
     if "forward" in module.__dict__:
         return "it has a forward of its own, which somebody set on the instance"
-    cls = type(module)
-    if rule.forward and (digest(cls) or "") not in rule.forward:
-        return f"{version_of(cls)}: its forward is not one that mmkernels knows"
-    return None
+    return unknown_source(type(module), rule.forward) if rule.forward else None
 
 
 # --- replaced modules -------------------------------------------------------------------------------------------------

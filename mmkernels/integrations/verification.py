@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from statistics import median
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ class Difference:
         after, before: the largest errors after the swap and before it.
         after_rms, before_rms: their root mean squares.
         eps: that of the tensor's dtype.
+        typical, typical_rms: the errors before the swap that outputs, or gradients, of this largest number have in the median.
     """
 
     name: str
@@ -31,6 +34,8 @@ class Difference:
     after_rms: float
     before_rms: float
     eps: float
+    typical: float = 0.0
+    typical_rms: float = 0.0
 
     @property
     def is_noise(self) -> bool:
@@ -39,11 +44,12 @@ class Difference:
 
     @property
     def within_rule(self) -> bool:
-        """Whether both errors are at most twice what they were before, plus 2 eps of the largest number. (Of noise, where
-        either is a draw of its own, ten times.)"""
+        """Whether both errors are at most twice what they were before, plus 2 eps of the largest number. Where they were
+        less than is typical of the model, which of a few numbers is luck, the typical ones count; of noise, where either is a
+        draw of its own, ten times is allowed."""
         allowance, factor = 2 * self.eps * self.largest, 10 if self.is_noise else 2
-        within = self.after <= factor * self.before + allowance
-        return within and self.after_rms <= factor * self.before_rms + allowance
+        within = self.after <= factor * max(self.before, self.typical) + allowance
+        return within and self.after_rms <= factor * max(self.before_rms, self.typical_rms) + allowance
 
 
 @dataclass(frozen=True)
@@ -112,7 +118,17 @@ def measure_errors(before: nn.Module, after: nn.Module, inputs: Any, *, gradient
             problems.append(f"{name}: not finite where it was before the swap")
         elif ours[name].numel():
             differences.append(_difference(name, ours[name], theirs[name], wide[name]))
-    return Verification(tuple(differences), oracle, tuple(problems))
+    return Verification(tuple(_with_typical(differences)), oracle, tuple(problems))
+
+
+def _with_typical(differences: list[Difference]) -> Iterator[Difference]:
+    """The same, each with the median of the relative errors of its kind."""
+    for difference in differences:
+        kind = difference.name.startswith("gradient")
+        like = [d for d in differences if d.name.startswith("gradient") == kind and not d.is_noise]
+        largest, rms = ([getattr(d, name) / d.largest for d in like] or [0.0] for name in ("before", "before_rms"))
+        scale = difference.largest
+        yield replace(difference, typical=scale * median(largest), typical_rms=scale * median(rms))
 
 
 def _floating_dtype(model: nn.Module, inputs: Any) -> torch.dtype:
