@@ -24,7 +24,7 @@ class Difference:
         after, before: the largest errors after the swap and before it.
         after_rms, before_rms: their root mean squares.
         eps: that of the tensor's dtype.
-        typical, typical_rms: the errors before the swap that outputs, or gradients, of this largest number have in the median.
+        typical, typical_rms: the errors before the swap that outputs, or gradients, of this size have in the median.
     """
 
     name: str
@@ -45,8 +45,8 @@ class Difference:
     @property
     def within_rule(self) -> bool:
         """Whether both errors are at most twice what they were before, plus 2 eps of the largest number. Where they were
-        less than is typical of the model, which of a few numbers is luck, the typical ones count; of noise, where either is a
-        draw of its own, ten times is allowed."""
+        less than is typical of the model, which of a few numbers is luck, the typical ones count; of noise, where either is
+        a draw of its own, ten times is allowed."""
         allowance, factor = 2 * self.eps * self.largest, 10 if self.is_noise else 2
         within = self.after <= factor * max(self.before, self.typical) + allowance
         return within and self.after_rms <= factor * max(self.before_rms, self.typical_rms) + allowance
