@@ -68,8 +68,8 @@ def state_of(model: nn.Module) -> dict[str, Any]:
     return {name: (type(module), dict(module.__dict__)) for name, module in model.named_modules()}
 
 
-# Where gradients are given more than the rule, five times the model's own error: in bfloat16 a rounding that changes the sign
-# before a ReLU changes whole rows of them, and the gradient of the sinks is of four numbers.
+# Where gradients are given more than the rule, five times the model's own error: in bfloat16 a rounding that changes the
+# sign before a ReLU changes whole rows of them, and the gradient of the sinks is of four numbers.
 UNSTEADY = {("t5 eager", torch.bfloat16), ("blip2", torch.bfloat16), ("gpt oss", torch.float32)}
 
 
