@@ -19,6 +19,7 @@ from mmkernels.ops.moe import Dispatch, ExpertLora, dispatch, grouped_linear, mo
 from mmkernels.ops.nested_mlp import nested_mlp
 from mmkernels.ops.norm import add_layer_norm, add_rms_norm, layer_norm, modulate, rms_norm
 from mmkernels.ops.packed_linear import PackedLinear, pack_linear
+from mmkernels.ops.permute import permute_tokens, unpermute_tokens
 from mmkernels.ops.qk_norm_rope import qk_norm_rope
 from mmkernels.ops.routing import Routing, RoutingLosses, fixed_routing, route
 from mmkernels.ops.silu_attention import silu_attention
@@ -55,12 +56,14 @@ __all__ = [
     "moe_mlp",
     "nested_mlp",
     "pack_linear",
+    "permute_tokens",
     "qk_norm_rope",
     "rms_norm",
     "route",
     "silu_attention",
     "token_roll",
     "token_roll_layer_norm",
+    "unpermute_tokens",
     "window_attention",
 ]
 

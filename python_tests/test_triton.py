@@ -97,13 +97,25 @@ def stack_bytes(binary: bytes | Path, folder: Path) -> list[int]:
     return [int(stack) + int(local) for stack, local in usage]
 
 
+def keeps_in_local_memory(cubin: bytes, folder: Path) -> bool:
+    """Whether a kernel has registers spilt. Now and then ptxas reserves 8 bytes of stack that no instruction
+    touches ("8 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"): these are none."""
+    if stack_bytes(cubin, folder) == [0]:
+        return False
+    done = subprocess.run(
+        [nvidia_tool("cuobjdump"), "--dump-sass", folder / "kernel.cubin"], capture_output=True, text=True, check=True
+    )
+    assert "EXIT" in done.stdout, done.stdout + done.stderr
+    return re.search(r"\b(?:LDL|STL)\b", done.stdout) is not None
+
+
 def assert_fits(
     kernel: Any, signature: dict[str, str], constants: dict[str, Any], options: dict[str, Any], target: str, tmp: Path
 ) -> None:
     result = compiled(kernel, signature, constants, options, target)
     assert result.metadata.shared <= TARGETS[target], f"{result.metadata.shared} bytes of shared memory"
     if target.startswith("sm_"):
-        assert stack_bytes(result.asm["cubin"], tmp) == [0], "registers spill"
+        assert not keeps_in_local_memory(result.asm["cubin"], tmp), "registers spill"
     else:
         spills = re.findall(r"\.(?:vgpr|sgpr)_spill_count:\s+(\d+)", result.asm["amdgcn"])
         assert spills and set(spills) == {"0"}, f"registers spill: {spills}"

@@ -40,7 +40,7 @@ def _normal(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, g:
     return (scale * torch.randn(shape, generator=g)).to(device=device, dtype=dtype)
 
 
-def _ids(shape: tuple[int, ...], experts: int, spread: str, g: torch.Generator) -> Tensor:
+def draw_ids(shape: tuple[int, ...], experts: int, spread: str, g: torch.Generator) -> Tensor:
     """`spread`: even, one (all slots to one expert), few (half of the experts empty), or unused (slots, too)."""
     if spread == "one":
         return torch.full(shape, experts - 1)
@@ -67,7 +67,7 @@ def _moe_call(
     def make(device: torch.device, dtype: torch.dtype, g: torch.Generator) -> Call:
         x = torch.randn((*leading, channels), generator=g).to(device=device, dtype=dtype)
         tokens = math.prod(leading)
-        ids = _ids((tokens, slots), experts, spread, g).to(device)
+        ids = draw_ids((tokens, slots), experts, spread, g).to(device)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         weights = torch.rand((tokens, slots), generator=g).to(device=device, dtype=wide)
         w_in = _normal((experts, hidden, channels), device, dtype, g)
@@ -94,7 +94,7 @@ def _grouped_call(
 
     def make(device: torch.device, dtype: torch.dtype, g: torch.Generator) -> Call:
         x = torch.randn((*leading, channels), generator=g).to(device=device, dtype=dtype)
-        ids = _ids(leading, groups, spread, g).to(device)
+        ids = draw_ids(leading, groups, spread, g).to(device)
         weight = _normal((groups, outputs, channels), device, dtype, g)
         kept = None if bias == "none" else _normal((groups, outputs), device, bias_dtype(bias, dtype), g)
         return Call((x, ids, weight, kept))

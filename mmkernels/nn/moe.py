@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from mmkernels.nn.expert_parallel import Group, parallel_moe
 from mmkernels.nn.expert_streaming import ExpertStream
 from mmkernels.nn.linear import check_activation
 from mmkernels.nn.mlp import GluMlp, KernelSwitch, Mlp
+from mmkernels.nn.packed import Packing, WeightPack
 from mmkernels.nn.parameters import new_parameter, uniform
 from mmkernels.nn.tensor_classes import op_takes_sharded
 from mmkernels.ops.checks import check_float, check_int
@@ -43,12 +44,15 @@ def expert_shapes(
     return shapes
 
 
-class MoE(KernelSwitch):
+class MoE(Packing, KernelSwitch):
     """A sparse mixture of experts: sum_k weights[t, k] f_e(x[t]) with e = expert_ids[t, k], plus what shared experts give.
 
     The router computes in float32 whatever the dtype of x, under autocast too. Auxiliary losses are never collected
     anywhere: ``forward(..., return_routing=True)`` returns the :class:`mmkernels.Routing`, whose ``losses`` are computed
     when they are asked for.
+
+    In eval mode on the CPU the experts' weights are kept packed beside themselves, which takes their memory again, as those
+    of :class:`Linear` are, by the same rules; those with low-rank additions are not.
 
     Parameters: router [num_tasks, E, dim + task_dim], router_noise of the same shape with noise_std="learned"; w_in and
     w_gate [E, hidden, dim], w_out [E, out_dim, hidden], b_in and b_gate [E, hidden], b_out [E, out_dim]; lora_down_in
@@ -71,6 +75,8 @@ class MoE(KernelSwitch):
             noisy_topk and softmax_topk; in training only. M3ViT's own is its command line's value / E.
         lora_rank: R of low-rank additions to all weights of the experts (Uni-MoE); 0: none. lora_alpha: their scale is
             lora_alpha / R; R where None.
+        packed_dtype: None, or torch.int8 to quantise the weights of experts, shared ones too, in eval mode, as in
+            :class:`Linear`.
         kernels: True runs the ops, DTensors too (:mod:`mmkernels.ops.sharding`), False plain torch, as tensors of other
             classes always do. May be set at any time.
         schedule: "resident", or "streaming": weights of the experts stay where `experts` says, and a call holds two experts
@@ -114,6 +120,7 @@ class MoE(KernelSwitch):
         published_thresholds: bool = False,
         lora_rank: int = 0,
         lora_alpha: float | None = None,
+        packed_dtype: torch.dtype | None = None,
         kernels: bool = True,
         schedule: Literal["resident", "streaming"] = "resident",
         experts: str | Path | Mapping[str, Tensor] | None = None,
@@ -141,6 +148,9 @@ class MoE(KernelSwitch):
             raise ValueError(f"lora_rank: expected 0 with schedule 'streaming', got {lora_rank}")
         if streams and process_group is not None:
             raise ValueError("process_group: expected None with schedule 'streaming'")
+        if packed_dtype is not None and (streams or lora_rank):
+            raise ValueError(f"packed_dtype: expected None with schedule 'streaming' or a lora_rank, got {packed_dtype}")
+        packs = {name: WeightPack(packed_dtype) for name in ("in", "out", "gate")}
         super().__init__()
         self.dim, self.hidden, self.out_dim, self.num_experts, self.top_k = dim, hidden, out_dim, num_experts, top_k
         self.kind, self.gated, self.activation, self.schedule = kind, gated, activation, schedule
@@ -169,6 +179,7 @@ class MoE(KernelSwitch):
         for name in ("w_in", "w_out", "w_gate", "b_in", "b_out", "b_gate"):
             made = self.stream is None and name in shapes
             self.register_parameter(name, new_parameter(shapes[name], **factory) if made else None)
+        self._expert_packs = packs
         self.lora_rank = lora_rank
         self.lora_scale = (lora_rank if lora_alpha is None else lora_alpha) / max(1, lora_rank)
         for name in ("in", "out", "gate"):
@@ -182,7 +193,7 @@ class MoE(KernelSwitch):
         self.shared: Mlp | GluMlp | None = None
         if shared_hidden:
             layers = GluMlp if gated else Mlp
-            self.shared = layers(dim, shared_hidden, out_dim, activation, bias, **factory)
+            self.shared = layers(dim, shared_hidden, out_dim, activation, bias, packed_dtype=packed_dtype, **factory)
         self.kernels = kernels
         self.reset_parameters()
 
@@ -276,6 +287,25 @@ class MoE(KernelSwitch):
             taken[f"w_{name}"] = with_lora(taken[f"w_{name}"], down, up, self.lora_scale, f"w_{name}")
         return taken
 
+    @property
+    def packed_dtype(self) -> torch.dtype | None:
+        """torch.int8, or None: the weights' own."""
+        return self._expert_packs["in"].dtype
+
+    def _packs(self) -> Iterable[tuple[WeightPack, str, str]]:
+        if self.lora_rank:  # what the op takes is another weight in every call
+            return ()
+        return [(pack, f"w_{name}", f"b_{name}") for name, pack in self._expert_packs.items()]
+
+    def _packed(self, weights: dict[str, Any]) -> dict[str, Any]:
+        """The same with packs in place of what is packed, each with its bias."""
+        if self.training:
+            return weights
+        for pack, weight, bias in self._packs():
+            if weights[weight] is not None and (packed := pack.of(weights[weight], weights[bias])) is not None:
+                weights = {**weights, weight: packed, bias: None}
+        return weights
+
     def forward(
         self,
         x: Tensor,
@@ -315,8 +345,8 @@ class MoE(KernelSwitch):
             out = self.stream.run(x, routing, self.activation, residual, kernels=self.kernels)
         else:
             weights = self.expert_weights()
-            options: dict[str, Any] = {"activation": self.activation, "residual": residual, **weights}
             on = self.kernels and op_takes_sharded(x, residual, *weights.values())
+            options = {"activation": self.activation, "residual": residual, **(self._packed(weights) if on else weights)}
             if self.group is not None:
                 out = parallel_moe(x, routing, self.group, moe_mlp if on else reference.moe_mlp, **options)
             else:
@@ -327,7 +357,7 @@ class MoE(KernelSwitch):
         return (
             f"dim={self.dim}, hidden={self.hidden}, out_dim={self.out_dim}, num_experts={self.num_experts}, "
             f"top_k={self.top_k}, kind={self.kind!r}, gated={self.gated}, activation={self.activation}, "
-            f"schedule={self.schedule!r}, {super().extra_repr()}"
+            f"schedule={self.schedule!r}, packed_dtype={self.packed_dtype}, {super().extra_repr()}"
         )
 
 

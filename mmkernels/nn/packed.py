@@ -15,7 +15,7 @@ whose writes torch does not count. (Not in int8, where the call would then give 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -105,33 +105,43 @@ def _packable(weight: Tensor, bias: Tensor | None) -> bool:
         and (bias is None or type(bias) is nn.Parameter)
         and weight.device.type == "cpu"
         and not weight.is_inference()  # its writes are not counted
-        and 1 in weight.stride()  # others would be copied, and the copy not followed
+        and 1 in weight.stride()[-2:]  # others would be copied, and the copy not followed
         and (weight.data_ptr() != 0 or weight.numel() == 0)  # FSDP frees the memory of weights between calls
     )
 
 
 class Packing(nn.Module):
-    """What a module that packs one of its weights derives from, before torch's module: the events that a pack lives by.
+    """What a module that packs its weights derives from, before torch's module: the events that a pack lives by.
 
-    The module has `kernels`, and makes `_pack` before any of these events.
+    The module has `kernels`, and makes `_pack` before any of these events; one with several packs names them all.
     """
 
     _pack: WeightPack
     _packed_parameters = ("weight", "bias")
 
+    def _packs(self) -> Iterable[tuple[WeightPack, str, str]]:
+        """Each pack with the names of the weight and the bias that it is made of."""
+        return ((self._pack, *self._packed_parameters),)
+
+    def _drop_packs(self) -> None:
+        for pack, _, _ in self._packs():
+            pack.drop()
+
     def repack(self) -> None:
-        """Packs the weight anew, as it is now, after writes that torch does not count; in training mode there is no pack."""
-        self._pack.drop()
+        """Packs the weights anew, as they are now, after writes that torch does not count; in training mode there is no
+        pack."""
+        self._drop_packs()
         self.prepare_pack()
 
     def prepare_pack(self) -> None:
         """What an event that may have changed mode or weight ends with: a pack in eval mode, none in training."""
         if self.training or not self.kernels:
-            self._pack.drop()
-        else:
+            self._drop_packs()
+            return
+        for pack, *names in self._packs():
             # Not the attributes, which a parametrization would compute.
-            weight, bias = (self._parameters.get(name) for name in self._packed_parameters)
-            self._pack.prepare(weight, bias)
+            weight, bias = (self._parameters.get(name) for name in names)
+            pack.prepare(weight, bias)
 
     def train(self: AnyPacking, mode: bool = True) -> AnyPacking:
         super().train(mode)
@@ -139,13 +149,13 @@ class Packing(nn.Module):
         return self
 
     def _apply(self: AnyPacking, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AnyPacking:
-        self._pack.drop()
+        self._drop_packs()
         super()._apply(fn, recurse)
         self.prepare_pack()
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._pack.drop()
+        self._drop_packs()
         super()._load_from_state_dict(*args, **kwargs)
         self.prepare_pack()
 

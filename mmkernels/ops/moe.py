@@ -40,7 +40,7 @@ __all__ = ["Dispatch", "ExpertLora", "dispatch", "grouped_linear", "moe_mlp"]
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------
-def _check_ids(value: Any, name: str, shape: str) -> None:
+def check_ids(value: Any, name: str, shape: str) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor {shape}, got {type(value).__name__}")
     if value.dtype != torch.int64:
@@ -50,7 +50,7 @@ def _check_ids(value: Any, name: str, shape: str) -> None:
 
 
 def _check_order(expert_ids: Any, num_experts: int) -> None:
-    _check_ids(expert_ids, "expert_ids", "[T, K]")
+    check_ids(expert_ids, "expert_ids", "[T, K]")
     check_int(num_experts, "num_experts", 1)
 
 
@@ -74,7 +74,7 @@ def _check_moe(
     *_: Any,
 ) -> None:
     check_matrix(x, "x", "[T, C]", DTYPES)
-    _check_ids(expert_ids, "routing", "[T, K]")
+    check_ids(expert_ids, "routing", "[T, K]")
     if expert_ids.shape[0] != x.shape[0]:
         raise ValueError(f"routing: expected one row for each of the {x.shape[0]} tokens, got {tuple(expert_ids.shape)}")
     for value, name in ((expert_ids, "routing"), (weights, "routing")):
@@ -130,7 +130,7 @@ def _check_moe_backward(
 
 def _check_grouped(x: Any, group_ids: Any, weight: Any, packed: Tensor | None, current: Any, bias: Any) -> None:
     check_matrix(x, "x", "[T, C]", DTYPES)
-    _check_ids(group_ids, "group_ids", "[T]")
+    check_ids(group_ids, "group_ids", "[T]")
     if group_ids.device != x.device:
         raise ValueError(f"group_ids: expected the device of x, {x.device}, got {group_ids.device}")
     if group_ids.shape[0] != x.shape[0]:
@@ -371,7 +371,7 @@ def dispatch(expert_ids: Tensor, num_experts: int) -> Dispatch:
         TypeError, ValueError: expert_ids of another dtype, rank or range.
     """
     try:
-        return Dispatch(*_call_order(False, _dense(expert_ids), num_experts))
+        return Dispatch(*_call_order(False, dense(expert_ids), num_experts))
     except Exception:
         _check_order(expert_ids, num_experts)
         raise
@@ -413,7 +413,7 @@ def with_lora(weight: Any, down: Tensor | None, up: Tensor | None, scale: float,
     return torch.baddbmm(weight, up.to(weight.dtype), down.to(weight.dtype), alpha=scale)
 
 
-def _rows(x: Any) -> Any:
+def dense_rows(x: Any) -> Any:
     """[T, C] with contiguous rows; what is no such tensor is left to the checks."""
     if not isinstance(x, Tensor) or x.layout != torch.strided or x.dim() < 1:
         return x
@@ -421,7 +421,7 @@ def _rows(x: Any) -> Any:
     return rows if rows.stride(1) == 1 or rows.shape[1] <= 1 else rows.contiguous()
 
 
-def _dense(value: Any) -> Any:
+def dense(value: Any) -> Any:
     return value.contiguous() if isinstance(value, Tensor) and value.layout == torch.strided else value
 
 
@@ -505,19 +505,19 @@ def moe_mlp(
     w_in, w_out, w_gate = unit_stride(w_in, 3), unit_stride(w_out, 3), unit_stride(w_gate, 3)
     leading = x.shape[:-1]
     arguments = (
-        _rows(x),
-        _dense(routing.expert_ids),
-        _dense(routing.weights.to(stats_dtype(x))),
+        dense_rows(x),
+        dense(routing.expert_ids),
+        dense(routing.weights.to(stats_dtype(x))),
         w_in,
         w_out,
         w_gate,
-        _dense(b_in),
-        _dense(b_out),
-        _dense(b_gate),
+        dense(b_in),
+        dense(b_out),
+        dense(b_gate),
         *packs,
     )
     if residual is not None:
-        residual = _rows(residual)
+        residual = dense_rows(residual)
     max_slots = routing.max_slots
     if is_compiling():
         _check_moe(*arguments, None, residual, code, max_slots)
@@ -565,7 +565,7 @@ def grouped_linear(x: Tensor, group_ids: Tensor, weight: WeightLike, bias: Tenso
     leading = x.shape[:-1]
     if isinstance(group_ids, Tensor) and group_ids.shape == leading:
         group_ids = group_ids.reshape(-1)
-    rows, group_ids, bias = _rows(x), _dense(group_ids), _dense(bias)
+    rows, group_ids, bias = dense_rows(x), dense(group_ids), dense(bias)
     if is_compiling():
         _check_grouped(rows, group_ids, weight, packed, None, bias)
     try:

@@ -1,4 +1,4 @@
-"""How kernels of attention in Triton, with windows and without, and of experts are launched: blocks and options."""
+"""How kernels of attention in Triton, with windows and without, and of experts and routing are launched: blocks, options."""
 
 from __future__ import annotations
 

@@ -16,10 +16,13 @@ import triton.language as tl
 from torch import Tensor
 
 from mmkernels.reference.routing import GROUP_SCORES, SCORES
+from mmkernels.triton import attention_launch as launch
 from mmkernels.triton.expert_order import expert_order
 
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
-NONE = tl.constexpr(-0x80000000)  # in the order of floats below all of them, -inf too
+# In the order of floats: -inf, far below it what is none of them, and between these the slots of what is taken.
+LOWEST = tl.constexpr(-0x7F800001)
+NONE = tl.constexpr(-0x80000000)
 
 # What differs from call to call and makes no kernel faster: never a reason to compile one anew.
 _SIZES = ["tokens", "blocks", "slots", "top_p", "num_groups", "top_groups", "group"]
@@ -128,8 +131,8 @@ def route_kernel(
         x = load_logits(logits, logits_row, t, e, tokens, experts)
         probability, lse = softmax(x)
         scores = probability if SOFTMAX else tl.sigmoid(x)
-        rank = tl.full((BLOCK_T, BLOCK_E), -1, tl.int32)
         if GIVEN:
+            rank = tl.full((BLOCK_T, BLOCK_E), -1, tl.int32)
             for k in range(slots):
                 chosen = tl.load(ids + t * slots + k, mask=there, other=-1)
                 tl.store(weights + t * slots + k, 0.0, mask=there & (chosen < 0))
@@ -146,24 +149,22 @@ def route_kernel(
                     TOP2, BLOCK_T, BLOCK_E, BLOCK_G,
                 )  # fmt: skip
                 values = tl.where(allowed, values, float("-inf"))
-            key = tl.where(real, in_order(values), NONE)
+            key = tl.where(real, tl.maximum(in_order(values), LOWEST), NONE)
             before = tl.zeros((BLOCK_T,), tl.float32)
             for k in range(slots):
                 chosen = first_best(key, e, BLOCK_E)
                 hit = e[None, :] == chosen[:, None]
-                key = tl.where(hit, NONE, key)
                 keep = tl.max((hit & allowed).to(tl.int32), 1) != 0
                 if DROPS:
                     keep = keep & ((k == 0) | (before < top_p))
                     before += tl.sum(tl.where(hit & allowed, scores, 0.0), 1)
-                rank = tl.where(hit & keep[:, None], k, rank)
-                tl.store(ids + t * slots + k, tl.full((BLOCK_T,), -1, tl.int64), mask=there & ~keep)
+                key = tl.where(hit, NONE + tl.where(keep, k + 1, 0)[:, None], key)
+                tl.store(ids + t * slots + k, tl.where(keep, chosen, -1).to(tl.int64), mask=there)
                 tl.store(weights + t * slots + k, 0.0, mask=there & ~keep)
+            rank = tl.where(key < LOWEST, key - NONE, 0) - 1
         used = (rank >= 0) & live
         weight = weights_of(x, scores, used, SOFTMAX, NORMALIZE)
         to = t[:, None] * slots + rank
-        if not GIVEN:
-            tl.store(ids + to, tl.broadcast_to(e[None, :].to(tl.int64), to.shape), mask=used)
         tl.store(weights + to, weight, mask=used)
         if SOFTMAX:
             share = probability
@@ -246,7 +247,11 @@ def _blocks(experts: int) -> tuple[dict[str, int], dict[str, Any]]:
     """(blocks, launch options)."""
     block_e = max(16, triton.next_power_of_2(experts))
     blocks = {"BLOCK_T": max(1, min(64, _TILE // block_e)), "BLOCK_E": block_e}
-    return blocks, {"num_warps": max(4, block_e // 256), "enable_fp_fusion": False}
+    warps = max(4, block_e // 256)
+    options: dict[str, Any] = {"num_warps": warps, "enable_fp_fusion": False}
+    if launch.make() == "cuda":  # all that there are: unasked, ptxas spills a few bytes to have room for more programs
+        options["maxnreg"] = min(255, 65536 // (32 * warps))
+    return blocks, options
 
 
 def _launch(
