@@ -336,17 +336,36 @@ class CrossAttention(KernelSwitch):
         v = self.v(context).unflatten(-1, (self.num_kv_heads, self.head_dim))
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         dropout_p = self.dropout if self.training else 0.0
-        if self.kernels and op_takes(q, k, v, mask, bias):
-            out = attention(q, k, v, mask=mask, bias=bias, dropout_p=dropout_p)
-        else:
-            out = plain_attention(q, k, v, mask, bias, dropout_p)
-        return self.proj(out.transpose(1, 2).flatten(2))
+        return self.proj(attend(q, k, v, self.kernels, mask=mask, bias=bias, dropout_p=dropout_p))
 
     def extra_repr(self) -> str:
         return (
             f"dim={self.dim}, num_heads={self.num_heads}, kv_dim={self.kv_dim}, head_dim={self.head_dim}, "
             f"num_kv_heads={self.num_kv_heads}, dropout={self.dropout}, {super().extra_repr()}"
         )
+
+
+# --- what modules with projections of their own share -----------------------------------------------------------------
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kernels: bool,
+    *,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    is_causal: bool = False,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """:func:`mmkernels.attention`, or torch's; q [B, H, Lq, D] -> [B, Lq, H * D], the heads side by side."""
+    if kernels and op_takes(q, k, v, mask, bias):
+        out = attention(q, k, v, mask=mask, bias=bias, is_causal=is_causal, dropout_p=dropout_p)
+    else:
+        if is_causal:
+            seen = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).tril()
+            mask = seen if mask is None else mask & seen
+        out = plain_attention(q, k, v, mask, bias, dropout_p)
+    return out.transpose(1, 2).flatten(2)
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, dropout_p: float) -> Tensor:

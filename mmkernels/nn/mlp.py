@@ -92,7 +92,7 @@ def _operands(*layers: nn.Module | None) -> list[tuple[Any, Any]] | None:
 
 
 class KernelSwitch(nn.Module):
-    """A module whose `kernels` is that of all linear layers and norms inside."""
+    """A module whose `kernels` is that of all linear layers, norms and modules of its kind inside."""
 
     _kernels: bool
 
@@ -105,7 +105,9 @@ class KernelSwitch(nn.Module):
     def kernels(self, on: bool) -> None:
         self._kernels = on
         for module in self.modules():
-            if isinstance(module, (Linear, LayerNorm)):
+            if isinstance(module, KernelSwitch):
+                module._kernels = on
+            elif isinstance(module, (Linear, LayerNorm)):
                 module.kernels = on
 
     def extra_repr(self) -> str:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mmkernels.nn.attention import plain_attention
+from mmkernels.nn.attention import attend
 from mmkernels.nn.linear import Linear, added
 from mmkernels.nn.mlp import KernelSwitch
 from mmkernels.nn.norm import LayerNorm
-from mmkernels.nn.tensor_classes import op_takes
-from mmkernels.ops.attention import attention
 
 
 class SelfAttention(KernelSwitch):
@@ -95,14 +93,8 @@ class SelfAttention(KernelSwitch):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
         q, k = self.q_norm(q), self.k_norm(k)
         dropout_p = self.dropout if self.training else 0.0
-        if self.kernels and op_takes(q, k, v, mask, bias):
-            out = attention(q, k, v, mask=mask, bias=bias, is_causal=is_causal, dropout_p=dropout_p)
-        else:
-            if is_causal:
-                seen = torch.ones(x.size(1), x.size(1), dtype=torch.bool, device=x.device).tril()
-                mask = seen if mask is None else mask & seen
-            out = plain_attention(q, k, v, mask, bias, dropout_p)
-        return added(self.proj, out.transpose(1, 2).flatten(2), residual)
+        out = attend(q, k, v, self.kernels, mask=mask, bias=bias, is_causal=is_causal, dropout_p=dropout_p)
+        return added(self.proj, out, residual)
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, head_dim={self.head_dim}, dropout={self.dropout}, {super().extra_repr()}"

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mmkernels.nn.linear import Linear
+from mmkernels.nn.linear import Linear, added
 from mmkernels.nn.mlp import KernelSwitch
 from mmkernels.nn.tensor_classes import op_takes
 from mmkernels.ops.window_attention import window_attention
@@ -29,7 +29,7 @@ def clipped(grid: Sequence[int], window: Sequence[int], shift: Sequence[int]) ->
 class WindowAttention(KernelSwitch):
     """The attention of a Swin block, shift and windows included: x [B, *grid, C] -> [B, *grid, C].
 
-    proj(window_attention(qkv(x))). Parameters and state_dict keys are those of timm's WindowAttention:
+    proj(window_attention(qkv(x))) + residual. Parameters and state_dict keys are those of timm's WindowAttention:
     relative_position_bias_table, qkv.weight, qkv.bias, proj.weight, proj.bias; the relative_position_index that MONAI's
     files hold beside them is passed over. Pads are zeros before the projection, so that after it they are its bias, as
     published. Both layers are :class:`Linear`, packed in eval mode. There is no dropout of attention weights.
@@ -90,8 +90,12 @@ class WindowAttention(KernelSwitch):
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
         self.kernels = kernels
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x [B, *grid, C] -> [B, *grid, C].
+
+        Args:
+            x: in the dtype of the weights.
+            residual: None, or what expands to the output's shape; added last.
 
         Raises:
             TypeError, ValueError: with kernels, as :func:`mmkernels.window_attention`.
@@ -111,7 +115,7 @@ class WindowAttention(KernelSwitch):
             pad_order=self.pad_order,
             bias_window=self.window_size,
         )
-        return self.proj(out)
+        return added(self.proj, out, residual)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         state_dict.pop(f"{prefix}relative_position_index", None)
