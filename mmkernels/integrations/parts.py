@@ -7,6 +7,7 @@ from typing import Any, Final
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from mmkernels.integrations.rules import full_name
 from mmkernels.nn.linear import untouched
@@ -53,6 +54,8 @@ def activation_name(activation: Any) -> str | None:
     if not isinstance(activation, nn.Module):
         return _FUNCTIONS.get(activation, UNKNOWN)
     kind = type(activation)
+    if kind not in _met and not is_compiling():  # of a model that was swapped in another process
+        _met[kind] = _CLASSES.get(full_name(kind), UNKNOWN)
     name = _met.get(kind, UNKNOWN)
     if name == UNKNOWN or not untouched(activation, kind):
         return UNKNOWN
