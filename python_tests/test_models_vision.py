@@ -36,6 +36,8 @@ def perturbed(model: nn.Module) -> nn.Module:
                 weight += 0.1 * torch.randn(weight.shape, generator=generator)
             elif weight.dim() == 2:
                 weight.copy_(torch.randn(weight.shape, generator=generator) / weight.shape[1] ** 0.5)
+            elif weight.shape[0] == 1:  # class tokens and positions
+                weight.copy_(torch.randn(weight.shape, generator=generator))
     return model
 
 
