@@ -1,4 +1,4 @@
-"""Published blocks out of this package's ops and modules, by golden vectors: M3ViT, Mixture-of-Transformers, ONE-PEACE."""
+"""Published blocks out of this package's ops and modules, by golden vectors: Mixture-of-Transformers, ONE-PEACE."""
 
 from __future__ import annotations
 
@@ -29,46 +29,6 @@ def leaves_of(tensors: Made, dtype: torch.dtype, without: tuple[str, ...] = ()) 
         for name, value in tensors.items()
         if name.startswith("w.") and not any(branch in name for branch in without)
     }
-
-
-# --- M3ViT ------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("case", ["block_small", "block_odd"])
-def test_golden_m3vit_block(case: str) -> None:
-    tensors, params = golden(f"m3vit/{case}")
-    heads, tasks, names = params["heads"], params["tasks"], {"w_in": "htoh4.weight", "b_in": "htoh4.bias"}
-    names |= {"w_out": "h4toh.weight", "b_out": "h4toh.bias"}
-
-    def run(dtype: torch.dtype, kernels: bool) -> Made:
-        w = leaves_of(tensors, dtype, ("mlp.",))
-        experts = mk.nn.MoE(
-            params["d"],
-            tensors["w.mlp.experts.htoh4.weight"].size(1),
-            params["E"],
-            params["k"],
-            kind="softmax_topk",
-            bias=True,
-            num_tasks=tasks,
-            kernels=kernels,
-            dtype=dtype,
-        )
-        router = torch.stack([tensors[f"w.mlp.gate.{task}.w_gate"].T for task in range(tasks)])
-        state = {"router": router} | {ours: tensors[f"w.mlp.experts.{theirs}"] for ours, theirs in names.items()}
-        experts.load_state_dict({name: value.to(dtype) for name, value in state.items()})
-        norm = mk.layer_norm if kernels else norm_reference.layer_norm
-        x = tensors["x"].to(dtype).requires_grad_()
-        a = F.linear(norm(x, w["norm1.weight"], w["norm1.bias"], 1e-6), w["attn.qkv.weight"], w["attn.qkv.bias"])
-        q, k, v = a.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
-        o = attention_of(kernels)(q, k, v).transpose(1, 2).flatten(2)
-        x1 = x + F.linear(o, w["attn.proj.weight"], w["attn.proj.bias"])
-        out = experts(norm(x1, w["norm2.weight"], w["norm2.bias"], 1e-6), params["task_id"], residual=x1)
-        out.backward(tensors["gout"].to(dtype))
-        made = {"out": out.detach(), "grad.x": x.grad} | {f"grad.w.{name}": value.grad for name, value in w.items()}
-        for ours, theirs in names.items():
-            made[f"grad.w.mlp.experts.{theirs}"] = experts.get_parameter(ours).grad
-        made[f"grad.w.mlp.gate.{params['task_id']}.w_gate"] = experts.router.grad[params["task_id"]].T
-        return made
-
-    judge(tensors, run)
 
 
 # --- Mixture-of-Transformers --------------------------------------------------------------------------------------------

@@ -7,11 +7,12 @@ from mmkernels.nn.hash_learning import HashFit, fit_hash
 from mmkernels.nn.linear import Linear
 from mmkernels.nn.linear_attention import LinearAttention
 from mmkernels.nn.mlp import GluMlp, Mlp
-from mmkernels.nn.modality import ModalityLinear, ModalityMlp
+from mmkernels.nn.modality import ModalityLinear, ModalityMlp, ModalityRMSNorm
 from mmkernels.nn.moe import MoE
 from mmkernels.nn.nested_mlp import NestedMlp
 from mmkernels.nn.norm import LayerNorm, RMSNorm
 from mmkernels.nn.packed import repack
+from mmkernels.nn.rotary_attention import RotaryAttention, rotary_angles
 from mmkernels.nn.self_attention import SelfAttention
 from mmkernels.nn.skill_mlp import SkillMlp
 from mmkernels.nn.token_roll import TokenRoll, TokenRollLayerNorm, visual_ranges
@@ -30,9 +31,11 @@ __all__ = [
     "MoE",
     "ModalityLinear",
     "ModalityMlp",
+    "ModalityRMSNorm",
     "MultiheadAttention",
     "NestedMlp",
     "RMSNorm",
+    "RotaryAttention",
     "SelfAttention",
     "SkillMlp",
     "TokenRoll",
@@ -40,5 +43,6 @@ __all__ = [
     "WindowAttention",
     "fit_hash",
     "repack",
+    "rotary_angles",
     "visual_ranges",
 ]

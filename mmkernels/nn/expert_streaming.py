@@ -81,6 +81,25 @@ class _Buffer:
         self.free: Any = None
 
 
+class ExpertBuffers:
+    """The two buffers of one stream, or of several whose experts have the same shapes and which never run together."""
+
+    def __init__(self) -> None:
+        self.pair: tuple[_Buffer, _Buffer] | None = None
+        self.one_at_a_time = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        ExpertBuffers.__init__(self)
+
+    @property
+    def nbytes(self) -> int:
+        """0 before the first call."""
+        return sum(tensor.nbytes for buffer in self.pair or () for tensor in buffer.weights.values())
+
+
 class ExpertStream:
     """Weights of experts in a safetensors file, or in tensors that may be on another device, and two buffers.
 
@@ -114,31 +133,33 @@ class ExpertStream:
                 raise ValueError(f"experts: expected {prefix + name} of shape {tuple(shape)}, which is not there")
             if found[prefix + name] != tuple(shape):
                 raise ValueError(f"experts: expected {prefix + name} of shape {tuple(shape)}, got {found[prefix + name]}")
-        self._buffers: tuple[_Buffer, _Buffer] | None = None
-        self._one_at_a_time = threading.Lock()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("_buffers", "_one_at_a_time")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _buffers=None, _one_at_a_time=threading.Lock())
+        self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
+        self.buffers = ExpertBuffers()
 
     @property
     def buffer_bytes(self) -> int:
         """What the two buffers hold; 0 before the first call."""
-        return sum(t.nbytes for buffer in self._buffers or () for t in buffer.weights.values())
+        return self.buffers.nbytes
+
+    def share_buffers(self, other: ExpertStream) -> None:
+        """Uses the buffers of `other`, whose experts have the same shapes (and dtype): the layers of a model need no more
+        than one layer does."""
+        if {n: s[1:] for n, s in other.shapes.items()} != {n: s[1:] for n, s in self.shapes.items()}:
+            raise ValueError(f"other: expected experts of the shapes {self.shapes}, got {other.shapes}")
+        self.buffers = other.buffers
 
     def _buffers_on(self, device: torch.device) -> tuple[_Buffer, _Buffer]:
-        if self._buffers is None or next(iter(self._buffers[0].weights.values())).device != device:
+        pair = self.buffers.pair
+        if pair is None or next(iter(pair[0].weights.values())).device != device:
             with torch.inference_mode(False):  # buffers made in inference mode could be written in no other
-                self._buffers = None
+                self.buffers.pair = None
                 like = {name: self.source.like(self.prefix + name) for name in self.names}
                 made = [{n: torch.empty((1, *t.shape), dtype=t.dtype, device=device) for n, t in like.items()} for _ in "ab"]
-                self._buffers = _Buffer(made[0]), _Buffer(made[1])
+                pair = self.buffers.pair = _Buffer(made[0]), _Buffer(made[1])
             if device.type == "cuda":  # the memory may be what work in flight still reads
-                for buffer in self._buffers:
+                for buffer in pair:
                     buffer.free = torch.cuda.current_stream(device).record_event()
-        return self._buffers
+        return pair
 
     def _load(self, expert: int, buffer: _Buffer, stream: Any) -> None:
         if buffer.free is not None:
@@ -162,7 +183,7 @@ class ExpertStream:
         on_gpu = x.device.type == "cuda"
         copies = torch.cuda.Stream(x.device) if on_gpu else None
         values: Tensor | None = None
-        with self._one_at_a_time, ThreadPoolExecutor(1, "mmkernels-experts") as loader:
+        with self.buffers.one_at_a_time, ThreadPoolExecutor(1, "mmkernels-experts") as loader:
             buffers = self._buffers_on(x.device)
             loads: list[Future] = [loader.submit(self._load, used[0], buffers[0], copies)] if used else []
             for number, expert in enumerate(used):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mmkernels.nn.linear import Linear, activated, added, check_activation, operand, untouched, untouched_linear
-from mmkernels.nn.norm import LayerNorm
+from mmkernels.nn.norm import LayerNorm, RMSNorm
 from mmkernels.nn.tensor_classes import laid_out, op_takes
 from mmkernels.ops.linear import mlp
 
@@ -92,7 +92,7 @@ def _operands(*layers: nn.Module | None) -> list[tuple[Any, Any]] | None:
 
 
 class KernelSwitch(nn.Module):
-    """A module whose `kernels` is that of all linear layers, norms and modules of its kind inside."""
+    """A module whose `kernels` is that of everything inside: linear layers, norms and other such modules."""
 
     _kernels: bool
 
@@ -103,11 +103,10 @@ class KernelSwitch(nn.Module):
 
     @kernels.setter
     def kernels(self, on: bool) -> None:
-        self._kernels = on
         for module in self.modules():
             if isinstance(module, KernelSwitch):
                 module._kernels = on
-            elif isinstance(module, (Linear, LayerNorm)):
+            elif isinstance(module, (Linear, LayerNorm, RMSNorm)):
                 module.kernels = on
 
     def extra_repr(self) -> str:

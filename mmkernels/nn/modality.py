@@ -21,16 +21,82 @@ from mmkernels.reference import norm as norm_reference
 from mmkernels.reference.linear import activate
 
 
-def _flat_ids(modality_ids: Any, x: Tensor) -> Tensor:
+def _check_ids(modality_ids: Any, shape: tuple[int, ...]) -> None:
     if not isinstance(modality_ids, Tensor):
         raise TypeError(f"modality_ids: expected a tensor of the leading shape of x, got {type(modality_ids).__name__}")
     if modality_ids.dtype != torch.int64:
         raise TypeError(f"modality_ids: expected torch.int64, got {modality_ids.dtype}")
-    if modality_ids.shape != x.shape[:-1]:
-        raise ValueError(
-            f"modality_ids: expected the leading shape of x, {tuple(x.shape[:-1])}, got {tuple(modality_ids.shape)}"
-        )
+    if modality_ids.shape != shape:
+        raise ValueError(f"modality_ids: expected the leading shape of x, {tuple(shape)}, got {tuple(modality_ids.shape)}")
+
+
+def _flat_ids(modality_ids: Any, x: Tensor) -> Tensor:
+    _check_ids(modality_ids, tuple(x.shape[:-1]))
     return modality_ids.reshape(-1)
+
+
+def check_modality_ids(modality_ids: Any, shape: tuple[int, ...], num_modalities: int) -> None:
+    """int64 of that shape, each -1 to num_modalities - 1 (looked at on the CPU, outside of compiled graphs), for models
+    that would otherwise learn it from a layer."""
+    _check_ids(modality_ids, shape)
+    if modality_ids.device.type == "cpu" and not torch.compiler.is_compiling() and modality_ids.numel() > 0:
+        low, high = (int(bound) for bound in modality_ids.aminmax())
+        if low < -1 or high >= num_modalities:
+            raise ValueError(f"modality_ids: expected -1 to {num_modalities - 1}, got {low if low < -1 else high}")
+
+
+class ModalityRMSNorm(KernelSwitch):
+    """x / rms(x) times the gain of the token's modality, through :func:`mmkernels.rms_norm`.
+
+    Parameters: weight [M, channels].
+
+    Args:
+        channels: C, over which x is normalised. num_modalities: M. eps: added to the mean square.
+        kernels: True runs the op, False plain torch, as tensors of other classes (DTensor) always do. May be set any time.
+        device, dtype: as in nn.RMSNorm.
+
+    Raises:
+        TypeError, ValueError: a size is no number of at least 1.
+
+    Source: "Mixture-of-Transformers" (2024).
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        num_modalities: int,
+        *,
+        eps: float = 1e-5,
+        kernels: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        for name, value in {"channels": channels, "num_modalities": num_modalities}.items():
+            check_int(value, name, 1)
+        super().__init__()
+        self.channels, self.num_modalities, self.eps = channels, num_modalities, eps
+        self.weight = new_parameter((num_modalities, channels), device, dtype)
+        nn.init.ones_(self.weight)
+        self.kernels = kernels
+
+    def forward(self, x: Tensor, modality_ids: Tensor) -> Tensor:
+        """x [*tokens, channels], or [*tokens, H, channels] of tokens with heads, which share a gain -> the same shape.
+
+        Args:
+            x: in the dtype of the weight.
+            modality_ids: int64 of the shape of the tokens, -1 to M - 1; of -1 the gain is modality 0's.
+
+        Raises:
+            TypeError, ValueError: modality_ids does not fit.
+        """
+        heads = x.dim() - 1 > modality_ids.dim()
+        _check_ids(modality_ids, tuple(x.shape[: -2 if heads else -1]))
+        gain = F.embedding(modality_ids.clamp(min=0), self.weight)
+        norm: Any = rms_norm if self.kernels and op_takes(x) else norm_reference.rms_norm
+        return norm(x, eps=self.eps) * (gain.unsqueeze(-2) if heads else gain)
+
+    def extra_repr(self) -> str:
+        return f"channels={self.channels}, num_modalities={self.num_modalities}, eps={self.eps}, {super().extra_repr()}"
 
 
 class ModalityLinear(KernelSwitch):

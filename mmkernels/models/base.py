@@ -1,0 +1,124 @@
+"""What models of the multimodal systems share: drawing their weights, loading published ones, checking their inputs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mmkernels.nn import ModalityRMSNorm
+from mmkernels.nn.mlp import KernelSwitch
+
+_INIT_STD = 0.02
+_NORMS = (nn.LayerNorm, nn.RMSNorm, ModalityRMSNorm)
+# Gains, and what begins as 0: low-rank additions and the scale of learned noise.
+_AS_MADE = ("hidden_norm", "out_norm", "gamma", "head_scale", "lora_up", "router_noise")
+
+
+class Rule(NamedTuple):
+    """How published weights become ours.
+
+    A name that `pattern` matches as a whole becomes `name`, a template with the pattern's groups, and its value
+    `change(value)`. With a group `index` the value is one slice of a stacked tensor: of one modality, expert or task. Every
+    rule of a model is tried, in order, on the name that the ones before it gave.
+    """
+
+    pattern: str
+    name: str
+    change: Callable[[Tensor], Tensor] | None = None
+
+
+class Model(KernelSwitch):
+    """A model or a block of one. A subclass builds its layers, then calls `finish`; `published` are its rules."""
+
+    published: ClassVar[Sequence[Rule]] = ()
+
+    def finish(self, *, kernels: bool, seed: int) -> None:
+        """Draws the weights (truncated normal, standard deviation 0.02; biases 0) and sets the kernels."""
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for module in self.modules():
+                if isinstance(module, _NORMS):
+                    continue
+                for name, parameter in module.named_parameters(recurse=False):
+                    if name.startswith(_AS_MADE):
+                        continue
+                    if name.startswith("b_") or name == "bias":
+                        nn.init.zeros_(parameter)
+                    else:
+                        nn.init.trunc_normal_(parameter, std=_INIT_STD, generator=generator)
+        self.kernels = kernels
+
+    @classmethod
+    def own_names(cls, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Published weights by the names of this class; its own names stay."""
+        named: dict[str, Tensor] = {}
+        slices: dict[str, dict[int, Tensor]] = {}
+        for name, value in state_dict.items():
+            index = None
+            for rule in cls.published:
+                match = re.fullmatch(rule.pattern, name)
+                if match is None:
+                    continue
+                name = match.expand(rule.name)
+                value = value if rule.change is None else rule.change(value)
+                if "index" in match.groupdict():
+                    index = int(match["index"])
+            if index is None:
+                named[name] = value
+            else:
+                slices.setdefault(name, {})[index] = value
+        for name, of_name in slices.items():
+            missing = set(range(len(of_name))) - of_name.keys()
+            if missing:
+                raise ValueError(f"state_dict: expected number {min(missing)} of what becomes {name} in it too")
+            named[name] = torch.stack([of_name[index] for index in range(len(of_name))])
+        return named
+
+    def load_pretrained(self, state_dict: Mapping[str, Tensor]) -> list[str]:
+        """Takes published weights, or those of this class.
+
+        Returns:
+            The names in `state_dict`, as they are here, that found no place.
+
+        Raises:
+            ValueError: names are missing. RuntimeError: shapes do not fit, as torch's load_state_dict says it.
+        """
+        taken, own = self.own_names(state_dict), self.state_dict()
+        missing = [name for name in own if name not in taken]
+        if missing:
+            raise ValueError(f"state_dict: expected {', '.join(missing)} in it too")
+        self.load_state_dict({name: taken[name] for name in own})
+        return [name for name in taken if name not in own]
+
+
+def llama_names(layers: str = "layers") -> tuple[Rule, ...]:
+    """The model without its wrapper: transformers' `model.layers.0...` is `layers.0...` here."""
+    return (Rule(rf"model\.((?:{layers}|embed_tokens|norm)\..*)", r"\1"),)
+
+
+def check_ids(ids: Any, name: str, vocab_size: int) -> None:
+    """[B, L] int64 with L >= 1, each from 0 to vocab_size - 1 (looked at on the CPU, outside of compiled graphs)."""
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"{name}: expected a tensor [B, L], got {type(ids).__name__}")
+    if ids.dtype != torch.int64:
+        raise TypeError(f"{name}: expected torch.int64, got {ids.dtype}")
+    if ids.dim() != 2 or ids.size(1) < 1:
+        raise ValueError(f"{name}: expected [B, L] with L >= 1, got {tuple(ids.shape)}")
+    if ids.device.type == "cpu" and not torch.compiler.is_compiling() and ids.numel() > 0:
+        low, high = (int(bound) for bound in ids.aminmax())
+        if low < 0 or high >= vocab_size:
+            raise ValueError(f"{name}: expected 0 to {vocab_size - 1}, got {low if low < 0 else high}")
+
+
+def check_tokens(x: Any, name: str, dim: int) -> None:
+    """[B, N, dim], floating point."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError(
+            f"{name}: expected floats [B, N, {dim}], got {x.dtype if isinstance(x, Tensor) else type(x).__name__}"
+        )
+    if x.dim() != 3 or x.size(2) != dim:
+        raise ValueError(f"{name}: expected [B, N, {dim}], got {tuple(x.shape)}")
