@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import mmkernels as mk
 from mmkernels.models.base import Model
 from mmkernels.models.m3vit import M3ViT, M3ViTBlock
+from mmkernels.models.mot import MoT, MoTAttention, MoTBlock, hidden_channels
 
 Made = dict[str, Tensor]
 
@@ -82,6 +83,27 @@ def test_golden_m3vit_block(case: str) -> None:
     judge_block(tensors, make, lambda block, x: block(x, task)[0])
 
 
+@pytest.mark.parametrize("case", ["attn_small", "attn_qknorm_odd", "attn_full_mask", "attn_missing_modality", "block_small"])
+def test_golden_mixture_of_transformers(case: str) -> None:
+    tensors, params = golden(f"mot/{case}")
+    ids, shape = tensors["modality_ids"], (params["B"], params["S"])
+    options = {"head_dim": params["head_dim"], "qk_norm": params["qk_normalization"]}
+    sizes = params["dim"], params["heads"]
+    causal = params["causal"]
+    assert torch.equal(tensors["attn_mask"] == 0, torch.ones_like(tensors["attn_mask"]).tril().bool()) == causal
+
+    def make() -> Model:
+        if case.startswith("block"):
+            return MoTBlock(*sizes, params["hidden"], params["n_modalities"], **options)
+        return MoTAttention(*sizes, params["n_modalities"], **options)
+
+    def call(block: Model, x: Tensor) -> Tensor:
+        mask = None if causal else tensors["attn_mask"] == 0
+        return block(x.unflatten(0, shape), ids.view(shape), is_causal=causal, mask=mask).flatten(0, 1)
+
+    judge_block(tensors, make, call)
+
+
 # --- small models -----------------------------------------------------------------------------------------------------
 class Small:
     """A small model of each kind, inputs of a batch for it, the ops that it must run, and what of its output is compared."""
@@ -105,6 +127,10 @@ def images(batch: int) -> Tensor:
     return tokens(batch, 3, 24, 40)
 
 
+def mot(**options: Any) -> MoT:
+    return MoT(24, 2, **{"depth": 2, "num_modalities": 3, "hidden": 40, "vocab_size": 50, **options})
+
+
 VIT = {"linear", "mlp", "attention", "norm"}
 
 SMALL: dict[str, Small] = {
@@ -114,6 +140,11 @@ SMALL: dict[str, Small] = {
         lambda b: (images(b), 1),
         VIT | {"route", "moe_mlp"},
         lambda made: made.tokens,
+    ),
+    "mot": Small(
+        mot,
+        lambda b: (named(50, b, 13), named(3, b, 13)),
+        {"linear", "grouped_linear", "moe_mlp", "attention", "norm", "qk_norm_rope"},
     ),
 }
 
@@ -251,6 +282,78 @@ def test_m3vit_takes_published_weights(gate: str) -> None:
             model.load_pretrained(theirs)
 
 
+# --- Mixture-of-Transformers ------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("kernels", [True, False])
+@torch.no_grad()
+def test_mot_missing_modalities_padding_and_documents(kernels: bool) -> None:
+    model = mot(kernels=kernels).eval()
+    x, ids = tokens(2, 9, 24), named(3, 2, 9)
+    whole = model(x, ids)
+    assert whole.shape == (2, 9, 50)
+    torch.testing.assert_close(model(x, ids)[:, :5], model(x[:, :5], ids[:, :5]))  # causal
+    # A modality that is not there has no part in it.
+    zeros = torch.zeros_like(ids)
+    alone = mot(num_modalities=1, kernels=kernels).eval()
+    state = {
+        name: value[:1] if value.dim() > 1 and value.size(0) == 3 else value for name, value in model.state_dict().items()
+    }
+    alone.load_state_dict(state)
+    torch.testing.assert_close(model(x, zeros), alone(x, zeros))
+    # Padding behind, and another document in front, in segments of their own, change nothing for the others.
+    joined, of_joined = torch.cat((x.flip(1), x, x), 1), torch.cat((ids.flip(1), ids, torch.full_like(ids, -1)), 1)
+    segments = torch.tensor([0, 1, 2]).repeat_interleave(9).expand(2, -1)
+    positions = torch.arange(9).repeat(3)
+    out = model(joined, of_joined, segment_ids=segments, positions=positions)
+    torch.testing.assert_close(out[:, 9:18], whole, rtol=1e-4, atol=1e-5)
+    assert not out[:, 18:].isnan().any()
+    seen = torch.ones(9, 9, dtype=torch.bool).tril()
+    torch.testing.assert_close(model(x, ids, mask=seen), whole)
+    assert model(x[:, :0], ids[:, :0]).shape == (2, 0, 50)
+
+
+def test_mot_positions() -> None:
+    """Only differences of positions count, and without a rotary embedding none."""
+    x, ids = tokens(1, 7, 24), named(3, 1, 7)
+    model = mot(depth=1).double()
+    x = x.double()
+    torch.testing.assert_close(model(x, ids), model(x, ids, positions=torch.arange(7) + 100))
+    assert not torch.allclose(model(x, ids), model(x, ids, positions=torch.arange(7) * 2))
+    plain = mot(depth=1, rope_base=None).double()
+    assert torch.equal(plain(x, ids), plain(x, ids, positions=torch.arange(7) * 2))
+
+
+def test_mot_takes_published_weights() -> None:
+    model = mot()
+    theirs: Made = {}
+    names = {"w_gate": ".{}.w1", "w_out": ".{}.w2", "w_in": ".{}.w3", "out_norm_weight": "_ffn_norm.{}"}
+    for name, value in model.state_dict().items():
+        parent, _, kind = name.rpartition(".")
+        if value.dim() == 1 or value.size(0) != 3 or name == "norm.weight":
+            theirs[name] = torch.randn_like(value)
+            continue
+        for modality, weight in enumerate(torch.randn_like(value)):
+            if kind in names:
+                theirs[f"{parent}.local_experts{names[kind].format(modality)}.weight"] = weight
+                continue
+            parent_name, _, layer = parent.rpartition(".")
+            layer = {"q_norm": "q_normalization", "k_norm": "k_normalization", "norm": "attention_norm"}.get(layer, layer)
+            theirs[f"{parent_name}.local_experts_{layer}.{modality}.weight"] = weight
+    assert theirs["layers.1.feed_forward.local_experts.2.w2.weight"].shape == (24, 40)
+    assert theirs["layers.0.attention.local_experts_k_normalization.1.weight"].shape == (12,)
+    assert model.load_pretrained(theirs) == []
+    assert torch.equal(model.layers[1].feed_forward.w_gate[2], theirs["layers.1.feed_forward.local_experts.2.w1.weight"])
+    assert torch.equal(model.layers[0].attention.wo.weight[1], theirs["layers.0.attention.local_experts_wo.1.weight"])
+
+
+def test_mot_sizes_are_those_of_the_dense_models() -> None:
+    """The paper names a size by the dense model's parameters."""
+    for size, millions in {"37m": 37, "94m": 94, "443m": 443, "1_5b": 1502, "7b": 7013}.items():
+        with torch.device("meta"):
+            dense = mk.models.create_model(f"mot_{size}", num_modalities=1)
+        assert round(sum(parameter.numel() for parameter in dense.parameters()) / 1e6) == pytest.approx(millions, abs=1)
+    assert hidden_channels(4096) == 11008
+
+
 # --- errors -----------------------------------------------------------------------------------------------------------
 ERRORS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: m3vit()(tokens(1, 3, 24, 24)), ValueError, r"images: expected \[B, 3, 24, 40\], got \(1, 3, 24, 24\)"),
@@ -259,6 +362,26 @@ ERRORS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: m3vit()(images(1), 1.0), TypeError, "task: expected an int"),
     (lambda: m3vit(gate="both"), ValueError, "gate: expected one of multi, conditioned, got 'both'"),
     (lambda: m3vit(image_size=20), ValueError, "image_size: expected multiples of patch_size=8, got 20"),
+    (lambda: mot()(named(51, 1, 300), named(3, 1, 300)), ValueError, "tokens: expected 0 to 49, got 50"),
+    (lambda: mot()(named(50, 1, 9).int(), named(3, 1, 9)), TypeError, r"tokens: expected torch.int64, got torch.int32"),
+    (lambda: mot()(named(50, 9), named(3, 9)), ValueError, r"tokens: expected \[B, L\] with L >= 1, got \(9,\)"),
+    (lambda: mot()(tokens(1, 9, 23), named(3, 1, 9)), ValueError, r"tokens: expected \[B, N, 24\], got \(1, 9, 23\)"),
+    (lambda: mot()("text", named(3, 1, 9)), TypeError, r"tokens: expected a tensor \[B, L\], got str"),
+    (lambda: mot()(named(50, 1, 99), named(4, 1, 99)), ValueError, "modality_ids: expected -1 to 2, got 3"),
+    (lambda: mot(kernels=False)(named(50, 1, 9), named(3, 1, 9) - 2), ValueError, "modality_ids: expected -1 to 2, got -2"),
+    (lambda: mot()(named(50, 1, 9), named(3, 1, 8)), ValueError, r"modality_ids: expected the leading shape of x, \(1, 9\)"),
+    (
+        lambda: mot()(named(50, 1, 9), named(3, 1, 9).int()),
+        TypeError,
+        r"modality_ids: expected torch.int64, got torch.int32",
+    ),
+    (lambda: mot()(named(50, 1, 9), None), TypeError, r"modality_ids: expected a tensor of the leading shape of x"),
+    (lambda: MoTBlock(10, 3, 4, 2), ValueError, "num_heads: expected a divisor of dim, 10, got 3"),
+    (
+        lambda: MoT(9, 3, depth=1, vocab_size=3)(named(3, 1, 2), named(2, 1, 2)),
+        ValueError,
+        "channels: expected an even number",
+    ),
     (lambda: m3vit(schedule="streaming"), ValueError, "experts: expected a file or tensors with schedule 'streaming'"),
 ]
 
@@ -271,7 +394,17 @@ def test_errors_name_the_argument(call: Callable[[], Any], error: type[Exception
 
 # --- the published sizes ----------------------------------------------------------------------------------------------
 # Parameters in millions.
-SIZES = {"m3vit_small": 43.5, "m3vit_small_nyud": 43.5, "m3vit_block": 5.4}
+SIZES = {
+    "m3vit_small": 43.5,
+    "m3vit_small_nyud": 43.5,
+    "m3vit_block": 5.4,
+    "mot_37m": 40.4,
+    "mot_94m": 121.7,
+    "mot_443m": 750.9,
+    "mot_1_5b": 2734.9,
+    "mot_7b": 13489.4,
+    "mot_block": 25.7,
+}
 
 
 @pytest.mark.parametrize("name", SIZES)
