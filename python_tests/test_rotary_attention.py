@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from importlib import import_module
 from typing import Any
 
 import pytest
 import torch
+from oracles import oracle
 from support import assert_within_rule
 from torch import Tensor
 
@@ -88,9 +90,7 @@ def test_definition() -> None:
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
 def test_transformers_layers_load(kind: str) -> None:
-    transformers = pytest.importorskip("transformers")
-    from importlib import import_module
-
+    transformers = oracle("transformers")
     module = import_module(f"transformers.models.{kind}.modeling_{kind}")
     name = {"llama": "Llama", "qwen3": "Qwen3"}[kind]
     config = getattr(transformers, f"{name}Config")(
