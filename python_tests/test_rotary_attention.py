@@ -64,8 +64,8 @@ def test_kernels_and_plain_torch_agree(name: str, seen: str) -> None:
     mk.last_kernels(clear=True)
     ours = run(torch.float32, True)
     assert {"linear", "qk_norm_rope", "attention"} <= {op for op, _ in mk.last_kernels()}
-    for key, oracle in exact.items():
-        assert_within_rule(ours[key], plain[key], oracle, key, extra=1e-6 * float(oracle.abs().max()))
+    for key, wanted in exact.items():
+        assert_within_rule(ours[key], plain[key], wanted, key, extra=1e-6 * float(wanted.abs().max()))
 
 
 def test_definition() -> None:

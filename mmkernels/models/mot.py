@@ -22,11 +22,10 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
-from mmkernels.models.base import Model, Rule, check_ids, check_tokens
-from mmkernels.nn import Linear, ModalityLinear, ModalityMlp, ModalityRMSNorm, rotary_angles
+from mmkernels.models.base import Model, Rule, angles_of, check_ids, check_tokens
+from mmkernels.nn import Linear, ModalityLinear, ModalityMlp, ModalityRMSNorm
 from mmkernels.nn.modality import check_modality_ids
 from mmkernels.nn.rotary_attention import Angles, turned_attention
 from mmkernels.ops.checks import check_int
@@ -245,9 +244,7 @@ class MoT(Model):
         check_modality_ids(modality_ids, tuple(x.shape[:2]), self.num_modalities)
         angles = None
         if self.rope_base is not None:
-            positions = torch.arange(x.size(1), device=x.device) if positions is None else positions
-            wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-            angles = rotary_angles(positions, self.head_dim, base=self.rope_base, dtype=wide)
+            angles = angles_of(x, positions, self.head_dim, self.rope_base)
         for layer in self.layers:
             x = layer(x, modality_ids, angles, mask=mask, segment_ids=segment_ids)
         return self.lm_head(self.norm(x, modality_ids))
