@@ -16,6 +16,8 @@ from torch import Tensor, nn
 import mmkernels as mk
 from mmkernels.models.base import Model
 from mmkernels.models.m3vit import M3ViT, M3ViTBlock
+from mmkernels.models.matformer import MatFormer, MatFormerBlock
+from mmkernels.models.mot import MoT, MoTAttention, MoTBlock, hidden_channels
 
 Made = dict[str, Tensor]
 
@@ -82,6 +84,60 @@ def test_golden_m3vit_block(case: str) -> None:
     judge_block(tensors, make, lambda block, x: block(x, task)[0])
 
 
+@pytest.mark.parametrize("case", ["attn_small", "attn_qknorm_odd", "attn_full_mask", "attn_missing_modality", "block_small"])
+def test_golden_mixture_of_transformers(case: str) -> None:
+    tensors, params = golden(f"mot/{case}")
+    ids, shape = tensors["modality_ids"], (params["B"], params["S"])
+    options = {"head_dim": params["head_dim"], "qk_norm": params["qk_normalization"]}
+    sizes = params["dim"], params["heads"]
+    causal = params["causal"]
+    assert torch.equal(tensors["attn_mask"] == 0, torch.ones_like(tensors["attn_mask"]).tril().bool()) == causal
+
+    def make() -> Model:
+        if case.startswith("block"):
+            return MoTBlock(*sizes, params["hidden"], params["n_modalities"], **options)
+        return MoTAttention(*sizes, params["n_modalities"], **options)
+
+    def call(block: Model, x: Tensor) -> Tensor:
+        mask = None if causal else tensors["attn_mask"] == 0
+        return block(x.unflatten(0, shape), ids.view(shape), is_causal=causal, mask=mask).flatten(0, 1)
+
+    judge_block(tensors, make, call)
+
+
+@pytest.mark.parametrize("released", [True, False])
+@pytest.mark.parametrize("case", ["nested_small", "nested_odd"])
+def test_golden_matformer_block(case: str, released: bool) -> None:
+    """The feed-forward layer of a block: its own weights and the names of the published ones, all granularities."""
+    tensors, params = golden(f"matformer/{case}")
+    widths = params["widths"]
+    dim, hidden = params["d"], params["h"]
+    fractions = [width / hidden + 1e-9 for width in widths.values()]
+    weights = published(tensors, "w.")
+
+    def run(dtype: torch.dtype, kernels: bool) -> Made:
+        block = MatFormerBlock(dim, 1, hidden, fractions=fractions, activation_on_product=released).to(dtype)
+        block.kernels = kernels
+        others = {name: value for name, value in block.state_dict().items() if not name.startswith("mlp.")}
+        assert block.load_pretrained(others | {f"mlp.{name}": value for name, value in weights.items()}) == []
+        made: Made = {}
+        for name, width in widths.items():
+            block.zero_grad()
+            x = tensors["x"].to(dtype).requires_grad_()
+            out = block.mlp(x, width)
+            if not released:
+                made[f"{name}.ref_swiglu_out"] = out.detach()
+                continue
+            out.backward(tensors["gout"].to(dtype))
+            made |= {f"{name}.out": out.detach(), f"{name}.grad.x": x.grad}
+            for ours, theirs in (("w_gate", "gate_proj"), ("w_in", "up_proj"), ("w_out", "down_proj")):
+                gradient = block.mlp.get_parameter(ours).grad
+                made[f"{name}.grad.w.{theirs}.weight"] = gradient[:, :width] if ours == "w_out" else gradient[:width]
+        return made
+
+    judge(tensors, run)
+
+
 # --- small models -----------------------------------------------------------------------------------------------------
 class Small:
     """A small model of each kind, inputs of a batch for it, the ops that it must run, and what of its output is compared."""
@@ -105,6 +161,15 @@ def images(batch: int) -> Tensor:
     return tokens(batch, 3, 24, 40)
 
 
+def mot(**options: Any) -> MoT:
+    return MoT(24, 2, **{"depth": 2, "num_modalities": 3, "hidden": 40, "vocab_size": 50, **options})
+
+
+def matformer(**options: Any) -> MatFormer:
+    return MatFormer(24, 4, **{"depth": 3, "hidden": 80, "vocab_size": 50, "num_kv_heads": 2, **options})
+
+
+LLAMA = {"linear", "attention", "norm", "qk_norm_rope"}
 VIT = {"linear", "mlp", "attention", "norm"}
 
 SMALL: dict[str, Small] = {
@@ -114,6 +179,17 @@ SMALL: dict[str, Small] = {
         lambda b: (images(b), 1),
         VIT | {"route", "moe_mlp"},
         lambda made: made.tokens,
+    ),
+    "mot": Small(
+        mot,
+        lambda b: (named(50, b, 13), named(3, b, 13)),
+        LLAMA | {"grouped_linear", "moe_mlp"},
+    ),
+    "matformer": Small(matformer, lambda b: (named(50, b, 13), [0, 2, 3]), LLAMA | {"mlp"}),
+    "matformer_plain": Small(
+        lambda **options: matformer(gated=False, activation="gelu", tied=True, **options),
+        lambda b: (named(50, b, 13), 1),
+        LLAMA | {"mlp"},
     ),
 }
 
@@ -172,7 +248,7 @@ def test_seed_and_state(name: str) -> None:
     assert any(not torch.equal(value, other.state_dict()[key]) for key, value in state.items())
     assert other.load_pretrained({**state, "head.weight": torch.zeros(1)}) == ["head.weight"]
     assert all(torch.equal(value, other.state_dict()[key]) for key, value in state.items())
-    del state[next(reversed(state))]
+    del state[next(name for name in reversed(state) if name != "lm_head.weight")]
     with pytest.raises(ValueError, match=r"^state_dict: expected .* in it too"):
         other.load_pretrained(state)
 
@@ -251,6 +327,148 @@ def test_m3vit_takes_published_weights(gate: str) -> None:
             model.load_pretrained(theirs)
 
 
+# --- Mixture-of-Transformers ------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("kernels", [True, False])
+@torch.no_grad()
+def test_mot_missing_modalities_padding_and_documents(kernels: bool) -> None:
+    model = mot(kernels=kernels).eval()
+    x, ids = tokens(2, 9, 24), named(3, 2, 9)
+    whole = model(x, ids)
+    assert whole.shape == (2, 9, 50)
+    torch.testing.assert_close(model(x, ids)[:, :5], model(x[:, :5], ids[:, :5]))  # causal
+    # A modality that is not there has no part in it.
+    zeros = torch.zeros_like(ids)
+    alone = mot(num_modalities=1, kernels=kernels).eval()
+    state = {
+        name: value[:1] if value.dim() > 1 and value.size(0) == 3 else value for name, value in model.state_dict().items()
+    }
+    alone.load_state_dict(state)
+    torch.testing.assert_close(model(x, zeros), alone(x, zeros))
+    # Padding behind, and another document in front, in segments of their own, change nothing for the others.
+    joined, of_joined = torch.cat((x.flip(1), x, x), 1), torch.cat((ids.flip(1), ids, torch.full_like(ids, -1)), 1)
+    segments = torch.tensor([0, 1, 2]).repeat_interleave(9).expand(2, -1)
+    positions = torch.arange(9).repeat(3)
+    out = model(joined, of_joined, segment_ids=segments, positions=positions)
+    torch.testing.assert_close(out[:, 9:18], whole, rtol=1e-4, atol=1e-5)
+    assert not out[:, 18:].isnan().any()
+    seen = torch.ones(9, 9, dtype=torch.bool).tril()
+    torch.testing.assert_close(model(x, ids, mask=seen), whole)
+    assert model(x[:, :0], ids[:, :0]).shape == (2, 0, 50)
+
+
+def test_mot_positions() -> None:
+    """Only differences of positions count, and without a rotary embedding none."""
+    x, ids = tokens(1, 7, 24), named(3, 1, 7)
+    model = mot(depth=1).double()
+    x = x.double()
+    torch.testing.assert_close(model(x, ids), model(x, ids, positions=torch.arange(7) + 100))
+    assert not torch.allclose(model(x, ids), model(x, ids, positions=torch.arange(7) * 2))
+    plain = mot(depth=1, rope_base=None).double()
+    assert torch.equal(plain(x, ids), plain(x, ids, positions=torch.arange(7) * 2))
+
+
+def test_mot_takes_published_weights() -> None:
+    model = mot()
+    theirs: Made = {}
+    names = {"w_gate": ".{}.w1", "w_out": ".{}.w2", "w_in": ".{}.w3", "out_norm_weight": "_ffn_norm.{}"}
+    for name, value in model.state_dict().items():
+        parent, _, kind = name.rpartition(".")
+        if value.dim() == 1 or value.size(0) != 3 or name == "norm.weight":
+            theirs[name] = torch.randn_like(value)
+            continue
+        for modality, weight in enumerate(torch.randn_like(value)):
+            if kind in names:
+                theirs[f"{parent}.local_experts{names[kind].format(modality)}.weight"] = weight
+                continue
+            parent_name, _, layer = parent.rpartition(".")
+            layer = {"q_norm": "q_normalization", "k_norm": "k_normalization", "norm": "attention_norm"}.get(layer, layer)
+            theirs[f"{parent_name}.local_experts_{layer}.{modality}.weight"] = weight
+    assert theirs["layers.1.feed_forward.local_experts.2.w2.weight"].shape == (24, 40)
+    assert theirs["layers.0.attention.local_experts_k_normalization.1.weight"].shape == (12,)
+    assert model.load_pretrained(theirs) == []
+    assert torch.equal(model.layers[1].feed_forward.w_gate[2], theirs["layers.1.feed_forward.local_experts.2.w1.weight"])
+    assert torch.equal(model.layers[0].attention.wo.weight[1], theirs["layers.0.attention.local_experts_wo.1.weight"])
+
+
+def test_mot_sizes_are_those_of_the_dense_models() -> None:
+    """The paper names a size by the dense model's parameters."""
+    for size, millions in {"37m": 37, "94m": 94, "443m": 443, "1_5b": 1502, "7b": 7013}.items():
+        with torch.device("meta"):
+            dense = mk.models.create_model(f"mot_{size}", num_modalities=1)
+        assert round(sum(parameter.numel() for parameter in dense.parameters()) / 1e6) == pytest.approx(millions, abs=1)
+    assert hidden_channels(4096) == 11008
+
+
+# --- MatFormer --------------------------------------------------------------------------------------------------------
+def test_matformer_is_the_model_of_its_first_units() -> None:
+    """Mix'n'Match: the logits of a model that has only those units; no gradient reaches the others."""
+    model = matformer()
+    ids = named(50, 2, 9)
+    widths = [10, 40, 80]
+    assert model.widths([0, 2, 3]) == widths and model.widths(1) == [20] * 3 and model.widths() == [80] * 3
+    out = model(ids, [0, 2, 3])
+    out.sum().backward()
+    for layer, width in zip(model.layers, widths, strict=True):
+        small = MatFormerBlock(24, 4, width, fractions=[1.0], num_kv_heads=2)
+        mine = layer.state_dict()
+        cut = {"mlp.w_in": mine["mlp.w_in"][:width], "mlp.w_gate": mine["mlp.w_gate"][:width]}
+        small.load_state_dict(mine | cut | {"mlp.w_out": mine["mlp.w_out"][:, :width]})
+        x = tokens(2, 9, 24)
+        torch.testing.assert_close(layer(x, None, width), small(x))
+        assert not layer.mlp.w_in.grad[width:].any() and not layer.mlp.w_out.grad[:, width:].any()
+        assert layer.mlp.w_gate.grad[:width].any()
+    assert not torch.equal(model(ids, 0), model(ids, 3))
+    assert_same_bits(model(ids), model(ids, 3), "the widest")
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    assert model.num_parameters() == whole
+    assert model.num_parameters([0, 2, 3]) == whole - 3 * 24 * (70 + 40)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_matformer_takes_llamas_weights(tied: bool) -> None:
+    model = matformer(tied=tied)
+    state = {name: torch.randn_like(value) for name, value in model.state_dict().items()}
+    names = {"mlp.w_in": "mlp.up_proj.weight", "mlp.w_gate": "mlp.gate_proj.weight", "mlp.w_out": "mlp.down_proj.weight"}
+    theirs: Made = {}
+    for name, value in state.items():
+        for ours, published_name in names.items():
+            name = name.replace(ours, published_name)
+        theirs[name if name == "lm_head.weight" else f"model.{name}"] = value
+    assert theirs["model.layers.2.self_attn.k_proj.weight"].shape == (12, 24)
+    assert theirs["model.layers.0.mlp.down_proj.weight"].shape == (24, 80)
+    if tied:
+        del theirs["lm_head.weight"]
+    theirs["model.rotary_emb.inv_freq"] = torch.zeros(3)
+    assert model.load_pretrained(theirs) == ["rotary_emb.inv_freq"]
+    assert torch.equal(model.layers[1].mlp.w_gate, theirs["model.layers.1.mlp.gate_proj.weight"])
+    assert torch.equal(model.lm_head.weight, model.embed_tokens.weight) == tied
+    if not tied:
+        del theirs["lm_head.weight"]
+        with pytest.raises(ValueError, match=r"^state_dict: expected lm_head\.weight in it too"):
+            model.load_pretrained(theirs)
+
+
+@torch.no_grad()
+def test_matformer_documents_in_one_row() -> None:
+    model = matformer().eval()
+    first, second = named(50, 2, 5), named(50, 2, 6, seed=8)
+    joined = torch.cat((first, second), 1)
+    segments = torch.tensor([0] * 5 + [1] * 6).expand(2, -1)
+    positions = torch.cat((torch.arange(5), torch.arange(6)))
+    for kernels in (True, False):
+        model.kernels = kernels
+        out = model(joined, positions=positions, segment_ids=segments)
+        torch.testing.assert_close(out[:, :5], model(first), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(out[:, 5:], model(second), rtol=1e-4, atol=1e-5)
+
+
+def test_matformer_sizes_of_the_paper() -> None:
+    for size, millions in {"78m": 78, "180m": 181, "310m": 310, "463m": 464, "850m": 846}.items():
+        with torch.device("meta"):
+            model = mk.models.create_model(f"matformer_{size}")
+        assert round(model.num_parameters() / 1e6) == millions
+
+
 # --- errors -----------------------------------------------------------------------------------------------------------
 ERRORS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: m3vit()(tokens(1, 3, 24, 24)), ValueError, r"images: expected \[B, 3, 24, 40\], got \(1, 3, 24, 24\)"),
@@ -259,6 +477,34 @@ ERRORS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: m3vit()(images(1), 1.0), TypeError, "task: expected an int"),
     (lambda: m3vit(gate="both"), ValueError, "gate: expected one of multi, conditioned, got 'both'"),
     (lambda: m3vit(image_size=20), ValueError, "image_size: expected multiples of patch_size=8, got 20"),
+    (lambda: mot()(named(51, 1, 300), named(3, 1, 300)), ValueError, "tokens: expected 0 to 49, got 50"),
+    (lambda: mot()(named(50, 1, 9).int(), named(3, 1, 9)), TypeError, r"tokens: expected torch.int64, got torch.int32"),
+    (lambda: mot()(named(50, 9), named(3, 9)), ValueError, r"tokens: expected \[B, L\] with L >= 1, got \(9,\)"),
+    (lambda: mot()(tokens(1, 9, 23), named(3, 1, 9)), ValueError, r"tokens: expected \[B, N, 24\], got \(1, 9, 23\)"),
+    (lambda: mot()("text", named(3, 1, 9)), TypeError, r"tokens: expected a tensor \[B, L\], got str"),
+    (lambda: mot()(named(50, 1, 99), named(4, 1, 99)), ValueError, "modality_ids: expected -1 to 2, got 3"),
+    (lambda: mot(kernels=False)(named(50, 1, 9), named(3, 1, 9) - 2), ValueError, "modality_ids: expected -1 to 2, got -2"),
+    (lambda: mot()(named(50, 1, 9), named(3, 1, 8)), ValueError, r"modality_ids: expected the leading shape of x, \(1, 9\)"),
+    (
+        lambda: mot()(named(50, 1, 9), named(3, 1, 9).int()),
+        TypeError,
+        r"modality_ids: expected torch.int64, got torch.int32",
+    ),
+    (lambda: mot()(named(50, 1, 9), None), TypeError, r"modality_ids: expected a tensor of the leading shape of x"),
+    (lambda: MoTBlock(10, 3, 4, 2), ValueError, "num_heads: expected a divisor of dim, 10, got 3"),
+    (
+        lambda: MoT(9, 3, depth=1, vocab_size=3)(named(3, 1, 2), named(2, 1, 2)),
+        ValueError,
+        "channels: expected an even number",
+    ),
+    (lambda: mot()(tokens(2, 9, 24), named(3, 2, 9), positions=torch.arange(8)), ValueError, r"positions: expected \(9,\)"),
+    (lambda: matformer()(named(51, 1, 300)), ValueError, "ids: expected 0 to 49, got 50"),
+    (lambda: matformer()(named(50, 1, 0)), ValueError, r"ids: expected \[B, L\] with L >= 1, got \(1, 0\)"),
+    (lambda: matformer()(tokens(1, 9)), TypeError, "ids: expected torch.int64, got torch.float32"),
+    (lambda: matformer()(named(50, 1, 9), 4), ValueError, "granularity: expected 0 to 3, got 4"),
+    (lambda: matformer()(named(50, 1, 9), [0, 1]), ValueError, "granularity: expected one number or one for each of the 3"),
+    (lambda: matformer()(named(50, 1, 9), [0, 1, 2.0]), TypeError, "granularity: expected an int"),
+    (lambda: matformer(fractions=[0.5, 2]), ValueError, "widths: expected at most hidden, 80, got 160"),
     (lambda: m3vit(schedule="streaming"), ValueError, "experts: expected a file or tensors with schedule 'streaming'"),
 ]
 
@@ -271,7 +517,23 @@ def test_errors_name_the_argument(call: Callable[[], Any], error: type[Exception
 
 # --- the published sizes ----------------------------------------------------------------------------------------------
 # Parameters in millions.
-SIZES = {"m3vit_small": 43.5, "m3vit_small_nyud": 43.5, "m3vit_block": 5.4}
+SIZES = {
+    "m3vit_small": 43.5,
+    "m3vit_small_nyud": 43.5,
+    "m3vit_block": 5.4,
+    "mot_37m": 40.4,
+    "mot_94m": 121.7,
+    "mot_443m": 750.9,
+    "mot_1_5b": 2734.9,
+    "mot_7b": 13489.4,
+    "mot_block": 25.7,
+    "matformer_78m": 78.1,
+    "matformer_180m": 181.4,
+    "matformer_310m": 309.9,
+    "matformer_463m": 463.5,
+    "matformer_850m": 846.2,
+    "matformer_block": 37.8,
+}
 
 
 @pytest.mark.parametrize("name", SIZES)

@@ -1,4 +1,4 @@
-"""Published blocks out of this package's ops and modules, by golden vectors: Mixture-of-Transformers, ONE-PEACE."""
+"""Published blocks out of this package's ops and modules, by golden vectors: ONE-PEACE."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from torch import Tensor
 
 import mmkernels as mk
 from mmkernels.reference import attention as attention_reference
-from mmkernels.reference import moe as moe_reference
 from mmkernels.reference import norm as norm_reference
 
 Made = dict[str, Tensor]
@@ -29,58 +28,6 @@ def leaves_of(tensors: Made, dtype: torch.dtype, without: tuple[str, ...] = ()) 
         for name, value in tensors.items()
         if name.startswith("w.") and not any(branch in name for branch in without)
     }
-
-
-# --- Mixture-of-Transformers --------------------------------------------------------------------------------------------
-def stacked(w: Made, before: str, after: str) -> Tensor:
-    """The weights of all modalities."""
-    count = sum(name.startswith(f"{before}.") and name.endswith(f".{after}") for name in w)
-    return torch.stack([w[f"{before}.{modality}.{after}"] for modality in range(count)])
-
-
-def mot_attention(
-    x: Tensor, ids: Tensor, mask: Tensor, w: Made, prefix: str, params: dict[str, Any], kernels: bool
-) -> Tensor:
-    """One attention over all tokens, its projections and norms each modality's own."""
-    linear = mk.grouped_linear if kernels else moe_reference.grouped_linear
-    norm = mk.rms_norm if kernels else norm_reference.rms_norm
-
-    def project(name: str, value: Tensor) -> Tensor:
-        return linear(value, ids, stacked(w, f"{prefix}local_experts_{name}", "weight"))
-
-    def heads(value: Tensor, gain: str | None) -> Tensor:
-        value = value.unflatten(-1, (params["heads"], -1))
-        if gain is not None and params["qk_normalization"]:
-            value = norm(value, eps=1e-5) * stacked(w, f"{prefix}local_experts_{gain}", "weight")[ids][:, None]
-        return value.unflatten(0, (params["B"], params["S"])).transpose(1, 2)
-
-    q, k, v = (heads(project(f"w{name}", x), f"{name}_normalization" if name != "v" else None) for name in ("q", "k", "v"))
-    o = attention_of(kernels)(q, k, v, bias=mask).transpose(1, 2).flatten(0, 1).flatten(1)
-    gain = stacked(w, f"{prefix}local_experts_attention_norm", "weight")[ids]
-    return norm(project("wo", o), eps=1e-5) * gain
-
-
-def mot_run(tensors: Made, params: dict[str, Any], dtype: torch.dtype, kernels: bool, block: bool) -> Made:
-    w = leaves_of(tensors, dtype)
-    x, ids, mask = tensors["x"].to(dtype).requires_grad_(), tensors["modality_ids"], tensors["attn_mask"].to(dtype)
-    out = mot_attention(x, ids, mask, w, "attention." if block else "", params, kernels)
-    if block:
-        h = x + out
-        names = {"w_in": "w3", "w_gate": "w1", "w_out": "w2"}
-        matrices = {ours: stacked(w, "feed_forward.local_experts", f"{theirs}.weight") for ours, theirs in names.items()}
-        routing = mk.fixed_routing(ids, params["n_modalities"])
-        mlp = (mk.moe_mlp if kernels else moe_reference.moe_mlp)(h, routing, activation="silu", **matrices)
-        gain = stacked(w, "feed_forward.local_experts_ffn_norm", "weight")[ids]
-        out = h + (mk.rms_norm if kernels else norm_reference.rms_norm)(mlp, eps=1e-5) * gain
-    out.backward(tensors["gout"].to(dtype))
-    made = {"out": out.detach(), "grad.x": x.grad} | {f"grad.w.{n}": v.grad for n, v in w.items() if v.grad is not None}
-    return {name: value for name, value in made.items() if name in tensors}
-
-
-@pytest.mark.parametrize("case", ["attn_small", "attn_qknorm_odd", "attn_full_mask", "attn_missing_modality", "block_small"])
-def test_golden_mixture_of_transformers(case: str) -> None:
-    tensors, params = golden(f"mot/{case}")
-    judge(tensors, lambda dtype, kernels: mot_run(tensors, params, dtype, kernels, case.startswith("block")))
 
 
 # --- ONE-PEACE ----------------------------------------------------------------------------------------------------------

@@ -9,8 +9,9 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mmkernels.nn import ModalityRMSNorm
+from mmkernels.nn import ModalityRMSNorm, rotary_angles
 from mmkernels.nn.mlp import KernelSwitch
+from mmkernels.nn.rotary_attention import Angles
 
 _INIT_STD = 0.02
 _NORMS = (nn.LayerNorm, nn.RMSNorm, ModalityRMSNorm)
@@ -88,6 +89,13 @@ class Model(KernelSwitch):
             ValueError: names are missing. RuntimeError: shapes do not fit, as torch's load_state_dict says it.
         """
         taken, own = self.own_names(state_dict), self.state_dict()
+        tied: dict[int, Tensor] = {}
+        parameters = dict(self.named_parameters(remove_duplicate=False))
+        for name in parameters.keys() & taken.keys():
+            tied[id(parameters[name])] = taken[name]
+        for name, parameter in parameters.items():  # a file may hold a tied weight once
+            if name not in taken and id(parameter) in tied:
+                taken[name] = tied[id(parameter)]
         missing = [name for name in own if name not in taken]
         if missing:
             raise ValueError(f"state_dict: expected {', '.join(missing)} in it too")
@@ -95,9 +103,13 @@ class Model(KernelSwitch):
         return [name for name in taken if name not in own]
 
 
-def llama_names(layers: str = "layers") -> tuple[Rule, ...]:
-    """The model without its wrapper: transformers' `model.layers.0...` is `layers.0...` here."""
-    return (Rule(rf"model\.((?:{layers}|embed_tokens|norm)\..*)", r"\1"),)
+def angles_of(x: Tensor, positions: Tensor | None, channels: int, base: float) -> Angles:
+    """What turns queries and keys of x [B, L, C]: positions [L] or [B, L], 0 to L - 1 where None."""
+    positions = torch.arange(x.size(1), device=x.device) if positions is None else positions
+    if positions.shape not in (x.shape[1:2], x.shape[:2]):
+        raise ValueError(f"positions: expected {tuple(x.shape[1:2])} or {tuple(x.shape[:2])}, got {tuple(positions.shape)}")
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return rotary_angles(positions, channels, base=base, dtype=wide)
 
 
 def check_ids(ids: Any, name: str, vocab_size: int) -> None:

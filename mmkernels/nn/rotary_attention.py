@@ -41,7 +41,7 @@ def rotary_angles(positions: Tensor, channels: int, *, base: float = 10000.0, dt
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def causal_attention(
+def turned_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -169,7 +169,7 @@ class RotaryAttention(KernelSwitch):
             layer(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for layer in (self.q_proj, self.k_proj, self.v_proj)
         )
         normed = self.q_norm is not None and self.k_norm is not None
-        out = causal_attention(
+        out = turned_attention(
             q,
             k,
             v,
