@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 import mmkernels as mk
 from mmkernels.integrations import rules
+from mmkernels.integrations.verification import Difference
 
 C, HEADS = 24, 3
 
@@ -155,6 +156,17 @@ def test_verify_sees_wrong_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mk.nn.Linear, "forward", lambda self, x, residual=None: right(self, x, residual) * torch.nan)
     found = report.verify(inputs, gradients=False)
     assert not found.within_rule and "not finite where" in str(found)
+
+
+def test_the_rule_of_a_difference() -> None:
+    def holds(after: float, before: float, largest: float = 1.0, typical: float = 0.0) -> bool:
+        return Difference("output", largest, after, before, 0.0, 0.0, 1e-7, typical).within_rule
+
+    assert holds(2e-3, 1e-3) and not holds(2.1e-3, 1e-3)
+    assert holds(2e-7, 0.0) and not holds(3e-7, 0.0)
+    assert holds(2.1e-3, 1e-3, typical=1.1e-3) and not holds(2.3e-3, 1e-3, typical=1.1e-3)
+    assert holds(9e-9, 1e-9, largest=1e-9) and not holds(2e-8, 1e-9, largest=1e-9)  # nothing but rounding
+    assert not Difference("output", 1.0, 0.0, 0.0, 3e-3, 1e-3, 1e-7).within_rule
 
 
 def test_coverage_sees_what_is_left() -> None:
