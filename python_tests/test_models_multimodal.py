@@ -18,6 +18,7 @@ from mmkernels.models.base import Model
 from mmkernels.models.m3vit import M3ViT, M3ViTBlock
 from mmkernels.models.matformer import MatFormer, MatFormerBlock
 from mmkernels.models.mot import MoT, MoTAttention, MoTBlock, hidden_channels
+from mmkernels.models.uni_moe import UniMoE, UniMoEBlock
 
 Made = dict[str, Tensor]
 
@@ -130,12 +131,60 @@ def test_golden_matformer_block(case: str, released: bool) -> None:
                 continue
             out.backward(tensors["gout"].to(dtype))
             made |= {f"{name}.out": out.detach(), f"{name}.grad.x": x.grad}
-            for ours, theirs in (("w_gate", "gate_proj"), ("w_in", "up_proj"), ("w_out", "down_proj")):
+            for ours, theirs in LLAMA_MLP.items():
                 gradient = block.mlp.get_parameter(ours).grad
                 made[f"{name}.grad.w.{theirs}.weight"] = gradient[:, :width] if ours == "w_out" else gradient[:width]
         return made
 
     judge(tensors, run)
+
+
+LLAMA_MLP = {"w_gate": "gate_proj", "w_in": "up_proj", "w_out": "down_proj"}
+
+
+@pytest.mark.parametrize("case", ["moe4_small", "moe4_odd", "moe8_aux_small", "lora_expert_small", "lora_expert_odd"])
+def test_golden_uni_moe_block(case: str) -> None:
+    """The experts of a block, loaded by their published names; one expert alone is that of a router of zeros."""
+    tensors, params = golden(f"uni_moe/{case}")
+    lora = case.startswith("lora")
+    experts = 1 if lora else params["E"]
+    theirs, their_gradients = published(tensors, "w."), published(tensors, "grad.w.")
+    router = {"mlp.gate.weight": torch.zeros(1, params["d"])} if lora else {}
+    place = "mlp.experts.0." if lora else "mlp."
+
+    def make() -> UniMoEBlock:
+        options = {"lora_rank": params["lora_r"], "lora_alpha": params["lora_alpha"]} if lora else {}
+        return UniMoEBlock(params["d"], 1, params["hidden"], num_experts=experts, top_k=min(2, experts), **options)
+
+    expected = make().own_names({f"{place}{name}": value for name, value in their_gradients.items()})
+    expected = {f"grad.w.{name}": value for name, value in expected.items()}
+    expected |= {name: value for name, value in tensors.items() if name in ("out", "grad.x", "weights", "l_aux")}
+    for name in ("laux_grad.x", "laux_grad.w.gate.weight"):
+        if name in tensors:
+            expected[name] = tensors[name]
+
+    def run(dtype: torch.dtype, kernels: bool) -> Made:
+        block = make().to(dtype)
+        block.kernels = kernels
+        others = {name: value for name, value in block.state_dict().items() if not name.startswith("mlp.")}
+        assert block.load_pretrained(others | router | {f"{place}{name}": value for name, value in theirs.items()}) == []
+        x = tensors["x"].to(dtype).requires_grad_()
+        out, routing = block.mlp(x, return_routing=True)
+        made = {"out": out.detach()}
+        if not lora:
+            assert torch.equal(routing.expert_ids, tensors["idx"])
+            made["weights"] = routing.weights.detach()
+        if "l_aux" in tensors:
+            loss = routing.losses.load_balance_first
+            made["l_aux"] = loss.detach().view_as(tensors["l_aux"])
+            of_x, of_router = torch.autograd.grad(loss, (x, block.mlp.router), retain_graph=True)
+            made |= {"laux_grad.x": of_x, "laux_grad.w.gate.weight": of_router[0]}
+        out.backward(tensors["gout"].to(dtype))
+        made["grad.x"] = x.grad
+        made |= {f"grad.w.{name}": p.grad for name, p in block.named_parameters() if f"grad.w.{name}" in expected}
+        return made
+
+    judge(expected, run)
 
 
 # --- small models -----------------------------------------------------------------------------------------------------
@@ -169,6 +218,10 @@ def matformer(**options: Any) -> MatFormer:
     return MatFormer(24, 4, **{"depth": 3, "hidden": 80, "vocab_size": 50, "num_kv_heads": 2, **options})
 
 
+def uni_moe(**options: Any) -> UniMoE:
+    return UniMoE(24, 4, 40, **{"depth": 3, "vocab_size": 50, "num_kv_heads": 2, **options})
+
+
 LLAMA = {"linear", "attention", "norm", "qk_norm_rope"}
 VIT = {"linear", "mlp", "attention", "norm"}
 
@@ -184,6 +237,13 @@ SMALL: dict[str, Small] = {
         mot,
         lambda b: (named(50, b, 13), named(3, b, 13)),
         LLAMA | {"grouped_linear", "moe_mlp"},
+    ),
+    "uni_moe": Small(uni_moe, lambda b: (named(50, b, 13),), LLAMA | {"mlp", "route", "moe_mlp"}, lambda made: made.logits),
+    "uni_moe_lora": Small(
+        lambda **options: uni_moe(num_experts=8, lora_rank=3, lora_alpha=6, **options),
+        lambda b: (tokens(b, 13, 24),),
+        LLAMA | {"mlp", "route", "moe_mlp"},
+        lambda made: made.logits,
     ),
     "matformer": Small(matformer, lambda b: (named(50, b, 13), [0, 2, 3]), LLAMA | {"mlp"}),
     "matformer_plain": Small(
@@ -469,6 +529,65 @@ def test_matformer_sizes_of_the_paper() -> None:
         assert round(model.num_parameters() / 1e6) == millions
 
 
+# --- Uni-MoE ----------------------------------------------------------------------------------------------------------
+def test_uni_moe_experts_in_every_second_layer() -> None:
+    model = uni_moe(depth=5)
+    assert [type(layer.mlp) for layer in model.layers] == [mk.nn.MoE, mk.nn.GluMlp] * 2 + [mk.nn.MoE]
+    logits, routings = model(named(50, 2, 7))
+    assert logits.shape == (2, 7, 50) and len(routings) == 3 and routings[0].expert_ids.shape == (14, 2)
+    torch.testing.assert_close(routings[0].weights.sum(1), torch.ones(14))
+    sum(routing.losses.load_balance_first for routing in routings).backward()
+    assert all(layer.mlp.router.grad.any() for layer in model.layers[::2])
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(model.embed_tokens(named(50, 2, 7))).logits, logits)
+
+
+@torch.no_grad()
+def test_uni_moe_published_sampling_draws_the_second_expert() -> None:
+    model, plain = uni_moe(num_experts=8, published_sampling=True).eval(), uni_moe(num_experts=8).eval()
+    ids = named(50, 4, 40)
+
+    def routed(seed: int) -> Tensor:
+        return model(ids, generator=torch.Generator().manual_seed(seed)).routings[0].expert_ids
+
+    first, second, wanted = routed(0), routed(1), plain(ids).routings[0].expert_ids
+    assert torch.equal(first, routed(0)) and not torch.equal(first, second)
+    assert all((drawn == wanted[:, :1]).any(1).all() for drawn in (first, second))  # the best one always
+    assert not (first == wanted[:, 1:]).any(1).all()
+
+
+@pytest.mark.parametrize("lora", [0, 3])
+def test_uni_moe_takes_published_weights(lora: int) -> None:
+    model = uni_moe(lora_rank=lora)
+    theirs: Made = {"model.embed_tokens.weight": torch.randn(50, 24), "model.norm.weight": torch.randn(24)}
+    theirs["lm_head.weight"] = torch.randn(50, 24)
+    shapes = {"gate_proj": (40, 24), "up_proj": (40, 24), "down_proj": (24, 40)}
+    for number in range(3):
+        layer = f"model.layers.{number}"
+        for name, rows in {"q_proj": 24, "k_proj": 12, "v_proj": 12, "o_proj": 24}.items():
+            theirs[f"{layer}.self_attn.{name}.weight"] = torch.randn(rows, 24)
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            theirs[f"{layer}.{name}.weight"] = torch.randn(24)
+        if number == 1:
+            theirs |= {f"{layer}.mlp.{name}.weight": torch.randn(shape) for name, shape in shapes.items()}
+            continue
+        theirs[f"{layer}.mlp.gate.weight"] = torch.randn(4, 24)
+        for expert in range(4):
+            for name, (rows, columns) in shapes.items():
+                place = f"{layer}.mlp.experts.{expert}.{name}"
+                theirs[f"{place}.weight"] = torch.randn(rows, columns)
+                if lora:
+                    theirs[f"{place}_lora_A.weight"] = torch.randn(lora, columns)
+                    theirs[f"{place}_lora_B.weight"] = torch.randn(rows, lora)
+    assert model.load_pretrained(theirs) == []
+    layers = model.layers
+    assert torch.equal(layers[2].mlp.w_in[3], theirs["model.layers.2.mlp.experts.3.up_proj.weight"])
+    assert torch.equal(layers[1].mlp.fc1_g.weight, theirs["model.layers.1.mlp.gate_proj.weight"])
+    assert torch.equal(layers[0].mlp.router[0], theirs["model.layers.0.mlp.gate.weight"])
+    if lora:
+        assert torch.equal(layers[0].mlp.lora_up_out[1], theirs["model.layers.0.mlp.experts.1.down_proj_lora_B.weight"])
+
+
 # --- errors -----------------------------------------------------------------------------------------------------------
 ERRORS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: m3vit()(tokens(1, 3, 24, 24)), ValueError, r"images: expected \[B, 3, 24, 40\], got \(1, 3, 24, 24\)"),
@@ -505,6 +624,10 @@ ERRORS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: matformer()(named(50, 1, 9), [0, 1]), ValueError, "granularity: expected one number or one for each of the 3"),
     (lambda: matformer()(named(50, 1, 9), [0, 1, 2.0]), TypeError, "granularity: expected an int"),
     (lambda: matformer(fractions=[0.5, 2]), ValueError, "widths: expected at most hidden, 80, got 160"),
+    (lambda: uni_moe()(named(51, 1, 300)), ValueError, "tokens: expected 0 to 49, got 50"),
+    (lambda: uni_moe()(tokens(2, 9, 25)), ValueError, r"tokens: expected \[B, N, 24\], got \(2, 9, 25\)"),
+    (lambda: uni_moe(top_k=3, published_sampling=True), ValueError, "published_sampling: expected False with top_k 3"),
+    (lambda: uni_moe(top_k=5), ValueError, "top_k: expected at most num_experts, 4, got 5"),
     (lambda: m3vit(schedule="streaming"), ValueError, "experts: expected a file or tensors with schedule 'streaming'"),
 ]
 
@@ -527,6 +650,9 @@ SIZES = {
     "mot_1_5b": 2734.9,
     "mot_7b": 13489.4,
     "mot_block": 25.7,
+    "uni_moe_7b": 13231.6,
+    "uni_moe_7b_8e": 21911.4,
+    "uni_moe_block": 608.2,
     "matformer_78m": 78.1,
     "matformer_180m": 181.4,
     "matformer_310m": 309.9,

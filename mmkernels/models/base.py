@@ -53,14 +53,13 @@ class Model(KernelSwitch):
                         nn.init.trunc_normal_(parameter, std=_INIT_STD, generator=generator)
         self.kernels = kernels
 
-    @classmethod
-    def own_names(cls, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def own_names(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Published weights by the names of this class; its own names stay."""
         named: dict[str, Tensor] = {}
         slices: dict[str, dict[int, Tensor]] = {}
         for name, value in state_dict.items():
             index = None
-            for rule in cls.published:
+            for rule in self.published:
                 match = re.fullmatch(rule.pattern, name)
                 if match is None:
                     continue
