@@ -18,6 +18,7 @@ from mmkernels.models.base import Model
 from mmkernels.models.m3vit import M3ViT, M3ViTBlock
 from mmkernels.models.matformer import MatFormer, MatFormerBlock
 from mmkernels.models.mot import MoT, MoTAttention, MoTBlock, hidden_channels
+from mmkernels.models.one_peace import OnePeace, OnePeaceEncoder, OnePeaceLayer, image_buckets, text_buckets
 from mmkernels.models.uni_moe import UniMoE, UniMoEBlock
 
 Made = dict[str, Tensor]
@@ -187,6 +188,39 @@ def test_golden_uni_moe_block(case: str) -> None:
     judge(expected, run)
 
 
+@pytest.mark.parametrize("case", ["text_small", "image_odd", "vl_small", "vl_nobias", "vl_headscale", "al"])
+def test_golden_one_peace_layer(case: str) -> None:
+    tensors, params = golden(f"one_peace/layer_{case}")
+    flags = params["flags"]
+    modalities = ["text", "audio" if params["encoder_type"] == "al" else "image"]
+
+    def make() -> Model:
+        return OnePeaceLayer(
+            params["d"],
+            params["heads"],
+            params["ffn"],
+            modalities,
+            sub_norm=flags["magneto_scale_attn"],
+            post_norm=flags["scale_attn"],
+            head_scale=flags["scale_heads"],
+        )
+
+    def call(layer: Model, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        ids = (torch.arange(x.size(0)) >= params["text_len"]).long()
+        return layer(x.transpose(0, 1), ids.expand(x.size(1), -1), bias).transpose(0, 1)
+
+    judge_block(tensors, make, call, **({"bias": tensors["bias"]} if "bias" in tensors else {}))
+
+
+def test_golden_one_peace_buckets() -> None:
+    words, _ = golden("one_peace/text_rel_pos_buckets")
+    assert torch.equal(text_buckets(256, 300), words["bucket_released_with_cls"].long())
+    assert torch.equal(text_buckets(8, 40, 64)[1:, 1:], words["bucket_small"][1:, 1:].long())
+    patches, _ = golden("one_peace/image_rel_pos_buckets")
+    for edge in (4, 7, 16):
+        assert torch.equal(image_buckets(edge), patches[f"bucket{edge}"].long())
+
+
 # --- small models -----------------------------------------------------------------------------------------------------
 class Small:
     """A small model of each kind, inputs of a batch for it, the ops that it must run, and what of its output is compared."""
@@ -222,6 +256,18 @@ def uni_moe(**options: Any) -> UniMoE:
     return UniMoE(24, 4, 40, **{"depth": 3, "vocab_size": 50, "num_kv_heads": 2, **options})
 
 
+def one_peace(**options: Any) -> OnePeace:
+    sizes = {"depth": 2, "vocab_size": 50, "max_length": 20, "text_buckets": 8, "image_size": 48, "layer_scale": 0.5}
+    return OnePeace(24, 3, 40, **{**sizes, **options})
+
+
+def words(batch: int) -> Tensor:
+    """The last two of the first row are padding."""
+    ids = named(50, batch, 7).clamp(min=2)
+    ids[0, 5:] = 1
+    return ids
+
+
 LLAMA = {"linear", "attention", "norm", "qk_norm_rope"}
 VIT = {"linear", "mlp", "attention", "norm"}
 
@@ -237,6 +283,18 @@ SMALL: dict[str, Small] = {
         mot,
         lambda b: (named(50, b, 13), named(3, b, 13)),
         LLAMA | {"grouped_linear", "moe_mlp"},
+    ),
+    "one_peace_vl": Small(
+        one_peace,
+        lambda b: (words(b), tokens(b, 3, 48, 48)),
+        {"linear", "attention", "norm", "grouped_linear"},
+        lambda made: torch.cat(list(made.values()), 1),
+    ),
+    "one_peace_val": Small(
+        lambda **options: one_peace(head_scale=True, post_norm=True, sub_norm=False, layer_scale=None, **options),
+        lambda b: (words(b), tokens(b, 3, 48, 48), tokens(b, 5, 24)),
+        {"linear", "attention", "norm", "grouped_linear"},
+        lambda made: torch.cat(list(made.values()), 1),
     ),
     "uni_moe": Small(uni_moe, lambda b: (named(50, b, 13),), LLAMA | {"mlp", "route", "moe_mlp"}, lambda made: made.logits),
     "uni_moe_lora": Small(
@@ -588,6 +646,77 @@ def test_uni_moe_takes_published_weights(lora: int) -> None:
         assert torch.equal(layers[0].mlp.lora_up_out[1], theirs["model.layers.0.mlp.experts.1.down_proj_lora_B.weight"])
 
 
+# --- ONE-PEACE --------------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def test_one_peace_modalities_and_padding() -> None:
+    model = one_peace().eval()
+    ids, image, audio = words(2), tokens(2, 3, 48, 48), tokens(2, 5, 24)
+    joint = model(ids, image, audio)
+    assert {name: tuple(value.shape) for name, value in joint.items()} == {
+        "text": (2, 8, 24),
+        "image": (2, 10, 24),
+        "audio": (2, 5, 24),
+    }
+    alone = model(image=image)
+    assert list(alone) == ["image"] and not torch.allclose(alone["image"], joint["image"])
+    for kernels in (True, False):
+        model.kernels = kernels
+        # Padding has no part in it: the shorter text has the same features.
+        long = model(ids[:1], image[:1])
+        short = model(ids[:1, :5], image[:1])
+        torch.testing.assert_close(long["image"], short["image"], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(long["text"][:, :6], short["text"], rtol=1e-4, atol=1e-5)
+    model.kernels = True
+    vision = one_peace(modalities=["image"]).eval()
+    state = {name: value for name, value in model.state_dict().items() if name in vision.state_dict()}
+    for name, value in vision.state_dict().items():
+        if ".ffn." in name:
+            state[name] = model.state_dict()[name][1:2]
+        assert state[name].shape == value.shape
+    vision.load_state_dict(state)
+    torch.testing.assert_close(vision(image=image)["image"], alone["image"])
+    empty = model(audio=audio[:, :0])
+    assert empty["audio"].shape == (2, 0, 24)
+
+
+def test_one_peace_takes_published_weights() -> None:
+    model = one_peace()
+    feed_forward = {
+        "w_gate": "0.wi_0.weight",
+        "w_in": "0.wi_1.weight",
+        "hidden_norm_weight": "2.weight",
+        "hidden_norm_bias": "2.bias",
+        "w_out": "3.weight",
+        "b_out": "3.bias",
+    }
+    theirs: Made = {"encoder_wrapper.fusion_model.version": torch.zeros(1)}
+    for name, value in model.state_dict().items():
+        value = torch.randn_like(value)
+        name = name.replace("encoder.", "fusion_model.")
+        for modality in ("text", "image", "audio"):
+            name = name.replace(f"layer_norms.{modality}", f"{modality}_layer_norm")
+        if ".embed_images.1." in name or ".embed_images.4." in name:
+            name = name.replace("weight", "layer_norm.weight").replace("bias", "layer_norm.bias")
+        parent, _, kind = name.rpartition(".")
+        if kind in feed_forward:
+            for number, modality in enumerate(("text", "image", "audio")):
+                theirs[f"encoder_wrapper.{parent.replace('ffn', f'{modality}_ffn')}.{feed_forward[kind]}"] = value[number]
+        else:
+            theirs[f"encoder_wrapper.{name}"] = value
+    assert theirs["encoder_wrapper.fusion_model.layers.1.audio_ffn.0.wi_1.weight"].shape == (40, 24)
+    assert theirs["encoder_wrapper.image_adapter.embed_images.4.layer_norm.bias"].shape == (6,)
+    assert "encoder_wrapper.fusion_model.image_layer_norm.weight" in theirs
+    assert model.load_pretrained(theirs) == ["encoder.version"]
+    layers = model.encoder.layers
+    assert torch.equal(layers[1].ffn.w_in[2], theirs["encoder_wrapper.fusion_model.layers.1.audio_ffn.0.wi_1.weight"])
+    assert torch.equal(layers[0].gamma_1, theirs["encoder_wrapper.fusion_model.layers.0.gamma_1"])
+
+
+def encoded(**given: Any) -> Any:
+    encoder = OnePeaceEncoder(24, 3, 40, ["text", "image"], depth=1)
+    return encoder({"text": tokens(2, 5, 24), **given.pop("tokens", {})}, **given)
+
+
 # --- errors -----------------------------------------------------------------------------------------------------------
 ERRORS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: m3vit()(tokens(1, 3, 24, 24)), ValueError, r"images: expected \[B, 3, 24, 40\], got \(1, 3, 24, 24\)"),
@@ -628,6 +757,27 @@ ERRORS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: uni_moe()(tokens(2, 9, 25)), ValueError, r"tokens: expected \[B, N, 24\], got \(2, 9, 25\)"),
     (lambda: uni_moe(top_k=3, published_sampling=True), ValueError, "published_sampling: expected False with top_k 3"),
     (lambda: uni_moe(top_k=5), ValueError, "top_k: expected at most num_experts, 4, got 5"),
+    (lambda: one_peace()(), ValueError, "tokens: expected a mapping of at least one of text, image, audio, got {}"),
+    (lambda: one_peace(modalities=["image"])(words(2)), ValueError, "text: expected None, the model has image"),
+    (lambda: one_peace()(words(2) + 43), ValueError, "text: expected 0 to 49, got"),
+    (lambda: one_peace()(named(50, 1, 21)), ValueError, "text: expected at most 20 words, got 21"),
+    (lambda: one_peace()(image=tokens(1, 3, 48, 32)), ValueError, r"image: expected \[B, 3, 48, 48\], got \(1, 3, 48, 32\)"),
+    (lambda: one_peace()(words(2), tokens(1, 3, 48, 48)), ValueError, r"tokens\['image'\]: expected a batch of 2, got 1"),
+    (lambda: one_peace()(audio=tokens(1, 3, 23)), ValueError, r"tokens\['audio'\]: expected \[B, N, 24\], got \(1, 3, 23\)"),
+    (lambda: one_peace(modalities=["video"]), ValueError, "modalities: expected different ones of text, image, audio, got"),
+    (lambda: one_peace(image_size=40), ValueError, "image_size: expected a multiple of 16, got 40"),
+    (
+        lambda: encoded(tokens={"audio": tokens(2, 5, 24)}),
+        ValueError,
+        "tokens: expected modalities of text, image, got text",
+    ),
+    (
+        lambda: encoded(biases={"text": tokens(1, 3, 5, 4)}),
+        ValueError,
+        r"biases\['text'\]: expected \[1 or 2, 3, 5, 5\]",
+    ),
+    (lambda: encoded(visible={"text": tokens(2, 5)}), ValueError, r"visible\['text'\]: expected bool \(2, 5\), got"),
+    (lambda: encoded(biases={"image": tokens(1, 3, 5, 5)}), ValueError, "biases: expected modalities of text, got image"),
     (lambda: m3vit(schedule="streaming"), ValueError, "experts: expected a file or tensors with schedule 'streaming'"),
 ]
 
@@ -653,6 +803,10 @@ SIZES = {
     "uni_moe_7b": 13231.6,
     "uni_moe_7b_8e": 21911.4,
     "uni_moe_block": 608.2,
+    "one_peace": 3858.6,
+    "one_peace_encoder": 3777.2,
+    "one_peace_vision": 1514.6,
+    "one_peace_layer": 94.4,
     "matformer_78m": 78.1,
     "matformer_180m": 181.4,
     "matformer_310m": 309.9,

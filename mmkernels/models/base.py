@@ -16,7 +16,7 @@ from mmkernels.nn.rotary_attention import Angles
 _INIT_STD = 0.02
 _NORMS = (nn.LayerNorm, nn.RMSNorm, ModalityRMSNorm)
 # Gains, and what begins as 0: low-rank additions and the scale of learned noise.
-_AS_MADE = ("hidden_norm", "out_norm", "gamma", "head_scale", "lora_up", "router_noise")
+_AS_MADE = ("hidden_norm", "out_norm", "gamma", "c_attn", "lora_up", "router_noise")
 
 
 class Rule(NamedTuple):
