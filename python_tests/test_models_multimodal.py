@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 import mmkernels as mk
 from mmkernels.models.base import Model
+from mmkernels.models.imp import Imp, ImpBlock
 from mmkernels.models.m3vit import M3ViT, M3ViTBlock
 from mmkernels.models.matformer import MatFormer, MatFormerBlock
 from mmkernels.models.mot import MoT, MoTAttention, MoTBlock, hidden_channels
 from mmkernels.models.one_peace import OnePeace, OnePeaceEncoder, OnePeaceLayer, image_buckets, text_buckets
+from mmkernels.models.skillnet import SkillNet
 from mmkernels.models.uni_moe import UniMoE, UniMoEBlock
 
 Made = dict[str, Tensor]
@@ -221,6 +223,33 @@ def test_golden_one_peace_buckets() -> None:
         assert torch.equal(image_buckets(edge), patches[f"bucket{edge}"].long())
 
 
+@pytest.mark.parametrize("case", ["ec_small", "ec_odd"])
+def test_golden_imp_block(case: str) -> None:
+    """The experts of a block; the published matrices are [in, out]."""
+    tensors, params = golden(f"imp/{case}")
+    theirs = {"router": "w_router", "w_in": "w1", "w_out": "w2"}
+
+    def run(dtype: torch.dtype, kernels: bool) -> Made:
+        factor = params["capacity_factor"]
+        block = ImpBlock(
+            params["d"], 1, params["hidden"], num_experts=params["E"], capacity_factor=factor, group_size=params["T"]
+        ).to(dtype)
+        block.kernels = kernels
+        state = {f"mlp.{ours}": tensors[name].mT.view_as(block.mlp.get_parameter(ours)) for ours, name in theirs.items()}
+        block.load_state_dict(block.state_dict() | state)
+        x = tensors["x"].to(dtype).requires_grad_()
+        out, routing = block.mlp(x, return_routing=True)
+        taken = (routing.expert_ids[..., None] == torch.arange(params["E"])).any(1).unflatten(0, x.shape[:2])
+        chosen = taken.mT.nonzero()[:, 2].view(params["G"], params["E"], params["C"])
+        assert torch.equal(chosen, tensors["token_idx"].sort().values)
+        out.backward(tensors["gout"].to(dtype))
+        gradients = {f"grad.{name}": block.mlp.get_parameter(ours).grad.mT for ours, name in theirs.items()}
+        gradients["grad.w_router"] = gradients["grad.w_router"][0]
+        return {"out": out.detach(), "grad.x": x.grad, **gradients}
+
+    judge(tensors, run)
+
+
 # --- small models -----------------------------------------------------------------------------------------------------
 class Small:
     """A small model of each kind, inputs of a batch for it, the ops that it must run, and what of its output is compared."""
@@ -268,6 +297,15 @@ def words(batch: int) -> Tensor:
     return ids
 
 
+def imp(**options: Any) -> Imp:
+    sizes = {"depth": 3, "moe_depth": 2, "num_experts": 4, "vocab_size": 50, "max_text_len": 20}
+    return Imp(24, 3, 40, **{**sizes, "max_frames": 8, "image_size": 48, **options})
+
+
+def skillnet(**options: Any) -> SkillNet:
+    return SkillNet(24, 3, 40, **{"depth": 2, "vocab_size": 50, "max_length": 20, **options})
+
+
 LLAMA = {"linear", "attention", "norm", "qk_norm_rope"}
 VIT = {"linear", "mlp", "attention", "norm"}
 
@@ -295,6 +333,16 @@ SMALL: dict[str, Small] = {
         lambda b: (words(b), tokens(b, 3, 48, 48), tokens(b, 5, 24)),
         {"linear", "attention", "norm", "grouped_linear"},
         lambda made: torch.cat(list(made.values()), 1),
+    ),
+    "imp_text": Small(imp, lambda b: (named(50, b, 13),), VIT | {"expert_choice", "moe_mlp"}, lambda made: made.text),
+    "imp_video": Small(
+        imp, lambda b: (None, tokens(b, 3, 8, 32, 48)), VIT | {"expert_choice", "moe_mlp"}, lambda made: made.video
+    ),
+    "skillnet": Small(skillnet, lambda b: (named(50, b, 13), ["general", "video"]), VIT),
+    "skillnet_sum": Small(
+        lambda **options: skillnet(reduce="sum", **options),
+        lambda b: (tokens(b, 13, 24), ["code"], torch.arange(13).expand(b, -1) < 11),
+        VIT,
     ),
     "uni_moe": Small(uni_moe, lambda b: (named(50, b, 13),), LLAMA | {"mlp", "route", "moe_mlp"}, lambda made: made.logits),
     "uni_moe_lora": Small(
@@ -717,6 +765,57 @@ def encoded(**given: Any) -> Any:
     return encoder({"text": tokens(2, 5, 24), **given.pop("tokens", {})}, **given)
 
 
+# --- IMP --------------------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def test_imp_modalities_go_alone_and_experts_take_their_share() -> None:
+    model = imp().eval()
+    text, video = named(50, 2, 13), tokens(2, 3, 8, 32, 48)
+    both = model(text, video)
+    assert both.text.shape == (2, 13, 24) and both.video.shape == (2, 2 * 2 * 3, 24) and len(both.routings) == 4
+    assert_same_bits(model(text).text, both.text, "text alone")
+    assert_same_bits(model(video=video).video, both.video, "video alone")
+    assert model(text).video is None and model(video=video).text is None
+    for routing, count in zip(both.routings, (26, 26, 24, 24), strict=True):
+        taken = torch.bincount(routing.expert_ids[routing.expert_ids >= 0], minlength=4)
+        assert taken.tolist() == [round(count / 4)] * 4
+    # Shorter, smaller, one word.
+    assert model(video=video[:1, :, :4, :16, :16]).video.shape == (1, 1, 24)
+    assert model(text[:1, :1]).text.shape == (1, 1, 24)
+
+
+@torch.no_grad()
+def test_imp_active_parameters_are_those_of_the_dense_model() -> None:
+    """With a capacity factor of 1 a token passes one expert on average."""
+    for size, millions in {"base": 85, "large": 302}.items():
+        with torch.device("meta"):
+            dense, sparse = (mk.models.create_model(f"imp_{kind}{size}") for kind in ("", "moe_"))
+        active = sum(p.numel() / (16 if ".mlp.w_" in n else 1) for n, p in sparse.blocks.named_parameters())
+        routers = sum(p.numel() for n, p in sparse.blocks.named_parameters() if n.endswith("router"))
+        assert active - routers == sum(p.numel() for p in dense.blocks.parameters())
+        assert round(active / 1e6) == millions
+
+
+# --- SkillNet ---------------------------------------------------------------------------------------------------------
+def test_skillnet_runs_the_active_skills_alone() -> None:
+    model = skillnet()
+    ids = named(50, 2, 9)
+    out = model(ids, ["general", "image"])
+    out.sum().backward()
+    for block in model.blocks:
+        assert [bool(gradient.any()) for gradient in block.mlp.w_out.grad] == [True, False, True, False, False, False]
+    torch.testing.assert_close(out, model(ids, ["image", "general"]))
+    assert not torch.allclose(out, model(ids, ["general", "text"]))
+    with torch.no_grad():
+        for block in model.blocks:
+            for parameter in block.mlp.parameters():
+                parameter[3] = parameter[1]
+    torch.testing.assert_close(model(ids, ["sound"]), model(ids, ["text"]))
+    visible = torch.tensor([[True] * 6 + [False] * 3] * 2)
+    for kernels in (True, False):
+        model.kernels = kernels
+        torch.testing.assert_close(model(ids, ["code"], visible)[:, :6], model(ids[:, :6], ["code"]), rtol=1e-4, atol=1e-5)
+
+
 # --- errors -----------------------------------------------------------------------------------------------------------
 ERRORS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: m3vit()(tokens(1, 3, 24, 24)), ValueError, r"images: expected \[B, 3, 24, 40\], got \(1, 3, 24, 24\)"),
@@ -778,6 +877,28 @@ ERRORS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     ),
     (lambda: encoded(visible={"text": tokens(2, 5)}), ValueError, r"visible\['text'\]: expected bool \(2, 5\), got"),
     (lambda: encoded(biases={"image": tokens(1, 3, 5, 5)}), ValueError, "biases: expected modalities of text, got image"),
+    (lambda: imp()(), ValueError, "text: expected it or video, got neither"),
+    (lambda: imp()(named(50, 1, 21)), ValueError, "text: expected at most 20 words, got 21"),
+    (lambda: imp()(named(51, 1, 300)), ValueError, "text: expected 0 to 49, got 50"),
+    (
+        lambda: imp()(None, tokens(1, 3, 6, 32, 48)),
+        ValueError,
+        r"video: expected \[B, 3, frames, height, width\] of",
+    ),
+    (
+        lambda: imp()(None, tokens(1, 3, 4, 32, 64)),
+        ValueError,
+        r"video: expected \[B, 3, frames, height, width\] of",
+    ),
+    (lambda: imp(group_size=5)(named(50, 1, 13)), ValueError, "group_size: expected a divisor of the 13 tokens"),
+    (lambda: imp(moe_depth=4), ValueError, "moe_depth: expected 0 to 3, got 4"),
+    (lambda: imp(max_frames=6), ValueError, "max_frames: expected a multiple of 4, got 6"),
+    (lambda: skillnet()(named(50, 1, 9), []), ValueError, r"skills: expected different ones of general, .*, got \[\]"),
+    (lambda: skillnet()(named(50, 1, 9), "text"), ValueError, "skills: expected different ones of general, .*, got 'text'"),
+    (lambda: skillnet()(named(50, 1, 9), ["smell"]), ValueError, r"skills: expected different ones of .*, got \['smell'\]"),
+    (lambda: skillnet()(named(50, 1, 21), ["text"]), ValueError, "tokens: expected at most 20, got 21"),
+    (lambda: skillnet()(named(50, 1, 9), ["text"], named(2, 1, 9)), ValueError, r"visible: expected bool \(1, 9\), got"),
+    (lambda: skillnet(skills=["a", "a"]), ValueError, r"skills: expected different names, got \['a', 'a'\]"),
     (lambda: m3vit(schedule="streaming"), ValueError, "experts: expected a file or tensors with schedule 'streaming'"),
 ]
 
@@ -807,6 +928,13 @@ SIZES = {
     "one_peace_encoder": 3777.2,
     "one_peace_vision": 1514.6,
     "one_peace_layer": 94.4,
+    "imp_base": 112.1,
+    "imp_large": 338.3,
+    "imp_moe_base": 536.9,
+    "imp_moe_large": 1093.3,
+    "imp_moe_block": 77.9,
+    "skillnet_base": 385.0,
+    "skillnet_block": 30.7,
     "matformer_78m": 78.1,
     "matformer_180m": 181.4,
     "matformer_310m": 309.9,
@@ -814,6 +942,11 @@ SIZES = {
     "matformer_850m": 846.2,
     "matformer_block": 37.8,
 }
+
+
+def test_every_model_of_these_systems_has_a_size() -> None:
+    systems = ("m3vit", "mot", "uni_moe", "one_peace", "imp", "skillnet", "matformer")
+    assert {name for name in mk.models.list_models() if name.startswith(systems)} == SIZES.keys()
 
 
 @pytest.mark.parametrize("name", SIZES)
