@@ -15,9 +15,13 @@ from torch import Tensor, nn
 
 import mmkernels as mk
 from mmkernels.models.base import Model
+from mmkernels.models.imp import Imp, ImpBlock
 from mmkernels.models.m3vit import M3ViT, M3ViTBlock
 from mmkernels.models.matformer import MatFormer, MatFormerBlock
 from mmkernels.models.mot import MoT, MoTAttention, MoTBlock, hidden_channels
+from mmkernels.models.one_peace import OnePeace, OnePeaceEncoder, OnePeaceLayer, image_buckets, text_buckets
+from mmkernels.models.skillnet import SkillNet
+from mmkernels.models.uni_moe import UniMoE, UniMoEBlock
 
 Made = dict[str, Tensor]
 
@@ -130,10 +134,118 @@ def test_golden_matformer_block(case: str, released: bool) -> None:
                 continue
             out.backward(tensors["gout"].to(dtype))
             made |= {f"{name}.out": out.detach(), f"{name}.grad.x": x.grad}
-            for ours, theirs in (("w_gate", "gate_proj"), ("w_in", "up_proj"), ("w_out", "down_proj")):
+            for ours, theirs in LLAMA_MLP.items():
                 gradient = block.mlp.get_parameter(ours).grad
                 made[f"{name}.grad.w.{theirs}.weight"] = gradient[:, :width] if ours == "w_out" else gradient[:width]
         return made
+
+    judge(tensors, run)
+
+
+LLAMA_MLP = {"w_gate": "gate_proj", "w_in": "up_proj", "w_out": "down_proj"}
+
+
+@pytest.mark.parametrize("case", ["moe4_small", "moe4_odd", "moe8_aux_small", "lora_expert_small", "lora_expert_odd"])
+def test_golden_uni_moe_block(case: str) -> None:
+    """The experts of a block, loaded by their published names; one expert alone is that of a router of zeros."""
+    tensors, params = golden(f"uni_moe/{case}")
+    lora = case.startswith("lora")
+    experts = 1 if lora else params["E"]
+    theirs, their_gradients = published(tensors, "w."), published(tensors, "grad.w.")
+    router = {"mlp.gate.weight": torch.zeros(1, params["d"])} if lora else {}
+    place = "mlp.experts.0." if lora else "mlp."
+
+    def make() -> UniMoEBlock:
+        options = {"lora_rank": params["lora_r"], "lora_alpha": params["lora_alpha"]} if lora else {}
+        return UniMoEBlock(params["d"], 1, params["hidden"], num_experts=experts, top_k=min(2, experts), **options)
+
+    expected = make().own_names({f"{place}{name}": value for name, value in their_gradients.items()})
+    expected = {f"grad.w.{name}": value for name, value in expected.items()}
+    expected |= {name: value for name, value in tensors.items() if name in ("out", "grad.x", "weights", "l_aux")}
+    for name in ("laux_grad.x", "laux_grad.w.gate.weight"):
+        if name in tensors:
+            expected[name] = tensors[name]
+
+    def run(dtype: torch.dtype, kernels: bool) -> Made:
+        block = make().to(dtype)
+        block.kernels = kernels
+        others = {name: value for name, value in block.state_dict().items() if not name.startswith("mlp.")}
+        assert block.load_pretrained(others | router | {f"{place}{name}": value for name, value in theirs.items()}) == []
+        x = tensors["x"].to(dtype).requires_grad_()
+        out, routing = block.mlp(x, return_routing=True)
+        made = {"out": out.detach()}
+        if not lora:
+            assert torch.equal(routing.expert_ids, tensors["idx"])
+            made["weights"] = routing.weights.detach()
+        if "l_aux" in tensors:
+            loss = routing.losses.load_balance_first
+            made["l_aux"] = loss.detach().view_as(tensors["l_aux"])
+            of_x, of_router = torch.autograd.grad(loss, (x, block.mlp.router), retain_graph=True)
+            made |= {"laux_grad.x": of_x, "laux_grad.w.gate.weight": of_router[0]}
+        out.backward(tensors["gout"].to(dtype))
+        made["grad.x"] = x.grad
+        made |= {f"grad.w.{name}": p.grad for name, p in block.named_parameters() if f"grad.w.{name}" in expected}
+        return made
+
+    judge(expected, run)
+
+
+@pytest.mark.parametrize("case", ["text_small", "image_odd", "vl_small", "vl_nobias", "vl_headscale", "al"])
+def test_golden_one_peace_layer(case: str) -> None:
+    tensors, params = golden(f"one_peace/layer_{case}")
+    flags = params["flags"]
+    modalities = ["text", "audio" if params["encoder_type"] == "al" else "image"]
+
+    def make() -> Model:
+        return OnePeaceLayer(
+            params["d"],
+            params["heads"],
+            params["ffn"],
+            modalities,
+            sub_norm=flags["magneto_scale_attn"],
+            post_norm=flags["scale_attn"],
+            head_scale=flags["scale_heads"],
+        )
+
+    def call(layer: Model, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        ids = (torch.arange(x.size(0)) >= params["text_len"]).long()
+        return layer(x.transpose(0, 1), ids.expand(x.size(1), -1), bias).transpose(0, 1)
+
+    judge_block(tensors, make, call, **({"bias": tensors["bias"]} if "bias" in tensors else {}))
+
+
+def test_golden_one_peace_buckets() -> None:
+    words, _ = golden("one_peace/text_rel_pos_buckets")
+    assert torch.equal(text_buckets(256, 300), words["bucket_released_with_cls"].long())
+    assert torch.equal(text_buckets(8, 40, 64)[1:, 1:], words["bucket_small"][1:, 1:].long())
+    patches, _ = golden("one_peace/image_rel_pos_buckets")
+    for edge in (4, 7, 16):
+        assert torch.equal(image_buckets(edge), patches[f"bucket{edge}"].long())
+
+
+@pytest.mark.parametrize("case", ["ec_small", "ec_odd"])
+def test_golden_imp_block(case: str) -> None:
+    """The experts of a block; the published matrices are [in, out]."""
+    tensors, params = golden(f"imp/{case}")
+    theirs = {"router": "w_router", "w_in": "w1", "w_out": "w2"}
+
+    def run(dtype: torch.dtype, kernels: bool) -> Made:
+        factor = params["capacity_factor"]
+        block = ImpBlock(
+            params["d"], 1, params["hidden"], num_experts=params["E"], capacity_factor=factor, group_size=params["T"]
+        ).to(dtype)
+        block.kernels = kernels
+        state = {f"mlp.{ours}": tensors[name].mT.view_as(block.mlp.get_parameter(ours)) for ours, name in theirs.items()}
+        block.load_state_dict(block.state_dict() | state)
+        x = tensors["x"].to(dtype).requires_grad_()
+        out, routing = block.mlp(x, return_routing=True)
+        taken = (routing.expert_ids[..., None] == torch.arange(params["E"])).any(1).unflatten(0, x.shape[:2])
+        chosen = taken.mT.nonzero()[:, 2].view(params["G"], params["E"], params["C"])
+        assert torch.equal(chosen, tensors["token_idx"].sort().values)
+        out.backward(tensors["gout"].to(dtype))
+        gradients = {f"grad.{name}": block.mlp.get_parameter(ours).grad.mT for ours, name in theirs.items()}
+        gradients["grad.w_router"] = gradients["grad.w_router"][0]
+        return {"out": out.detach(), "grad.x": x.grad, **gradients}
 
     judge(tensors, run)
 
@@ -169,6 +281,31 @@ def matformer(**options: Any) -> MatFormer:
     return MatFormer(24, 4, **{"depth": 3, "hidden": 80, "vocab_size": 50, "num_kv_heads": 2, **options})
 
 
+def uni_moe(**options: Any) -> UniMoE:
+    return UniMoE(24, 4, 40, **{"depth": 3, "vocab_size": 50, "num_kv_heads": 2, **options})
+
+
+def one_peace(**options: Any) -> OnePeace:
+    sizes = {"depth": 2, "vocab_size": 50, "max_length": 20, "text_buckets": 8, "image_size": 48, "layer_scale": 0.5}
+    return OnePeace(24, 3, 40, **{**sizes, **options})
+
+
+def words(batch: int) -> Tensor:
+    """The last two of the first row are padding."""
+    ids = named(50, batch, 7).clamp(min=2)
+    ids[0, 5:] = 1
+    return ids
+
+
+def imp(**options: Any) -> Imp:
+    sizes = {"depth": 3, "moe_depth": 2, "num_experts": 4, "vocab_size": 50, "max_text_len": 20}
+    return Imp(24, 3, 40, **{**sizes, "max_frames": 8, "image_size": 48, **options})
+
+
+def skillnet(**options: Any) -> SkillNet:
+    return SkillNet(24, 3, 40, **{"depth": 2, "vocab_size": 50, "max_length": 20, **options})
+
+
 LLAMA = {"linear", "attention", "norm", "qk_norm_rope"}
 VIT = {"linear", "mlp", "attention", "norm"}
 
@@ -184,6 +321,35 @@ SMALL: dict[str, Small] = {
         mot,
         lambda b: (named(50, b, 13), named(3, b, 13)),
         LLAMA | {"grouped_linear", "moe_mlp"},
+    ),
+    "one_peace_vl": Small(
+        one_peace,
+        lambda b: (words(b), tokens(b, 3, 48, 48)),
+        {"linear", "attention", "norm", "grouped_linear"},
+        lambda made: torch.cat(list(made.values()), 1),
+    ),
+    "one_peace_val": Small(
+        lambda **options: one_peace(head_scale=True, post_norm=True, sub_norm=False, layer_scale=None, **options),
+        lambda b: (words(b), tokens(b, 3, 48, 48), tokens(b, 5, 24)),
+        {"linear", "attention", "norm", "grouped_linear"},
+        lambda made: torch.cat(list(made.values()), 1),
+    ),
+    "imp_text": Small(imp, lambda b: (named(50, b, 13),), VIT | {"expert_choice", "moe_mlp"}, lambda made: made.text),
+    "imp_video": Small(
+        imp, lambda b: (None, tokens(b, 3, 8, 32, 48)), VIT | {"expert_choice", "moe_mlp"}, lambda made: made.video
+    ),
+    "skillnet": Small(skillnet, lambda b: (named(50, b, 13), ["general", "video"]), VIT),
+    "skillnet_sum": Small(
+        lambda **options: skillnet(reduce="sum", **options),
+        lambda b: (tokens(b, 13, 24), ["code"], torch.arange(13).expand(b, -1) < 11),
+        VIT,
+    ),
+    "uni_moe": Small(uni_moe, lambda b: (named(50, b, 13),), LLAMA | {"mlp", "route", "moe_mlp"}, lambda made: made.logits),
+    "uni_moe_lora": Small(
+        lambda **options: uni_moe(num_experts=8, lora_rank=3, lora_alpha=6, **options),
+        lambda b: (tokens(b, 13, 24),),
+        LLAMA | {"mlp", "route", "moe_mlp"},
+        lambda made: made.logits,
     ),
     "matformer": Small(matformer, lambda b: (named(50, b, 13), [0, 2, 3]), LLAMA | {"mlp"}),
     "matformer_plain": Small(
@@ -469,6 +635,187 @@ def test_matformer_sizes_of_the_paper() -> None:
         assert round(model.num_parameters() / 1e6) == millions
 
 
+# --- Uni-MoE ----------------------------------------------------------------------------------------------------------
+def test_uni_moe_experts_in_every_second_layer() -> None:
+    model = uni_moe(depth=5)
+    assert [type(layer.mlp) for layer in model.layers] == [mk.nn.MoE, mk.nn.GluMlp] * 2 + [mk.nn.MoE]
+    logits, routings = model(named(50, 2, 7))
+    assert logits.shape == (2, 7, 50) and len(routings) == 3 and routings[0].expert_ids.shape == (14, 2)
+    torch.testing.assert_close(routings[0].weights.sum(1), torch.ones(14))
+    sum(routing.losses.load_balance_first for routing in routings).backward()
+    assert all(layer.mlp.router.grad.any() for layer in model.layers[::2])
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(model.embed_tokens(named(50, 2, 7))).logits, logits)
+
+
+@torch.no_grad()
+def test_uni_moe_published_sampling_draws_the_second_expert() -> None:
+    model, plain = uni_moe(num_experts=8, published_sampling=True).eval(), uni_moe(num_experts=8).eval()
+    ids = named(50, 4, 40)
+
+    def routed(seed: int) -> Tensor:
+        return model(ids, generator=torch.Generator().manual_seed(seed)).routings[0].expert_ids
+
+    first, second, wanted = routed(0), routed(1), plain(ids).routings[0].expert_ids
+    assert torch.equal(first, routed(0)) and not torch.equal(first, second)
+    assert all((drawn == wanted[:, :1]).any(1).all() for drawn in (first, second))  # the best one always
+    assert not (first == wanted[:, 1:]).any(1).all()
+
+
+@pytest.mark.parametrize("lora", [0, 3])
+def test_uni_moe_takes_published_weights(lora: int) -> None:
+    model = uni_moe(lora_rank=lora)
+    theirs: Made = {"model.embed_tokens.weight": torch.randn(50, 24), "model.norm.weight": torch.randn(24)}
+    theirs["lm_head.weight"] = torch.randn(50, 24)
+    shapes = {"gate_proj": (40, 24), "up_proj": (40, 24), "down_proj": (24, 40)}
+    for number in range(3):
+        layer = f"model.layers.{number}"
+        for name, rows in {"q_proj": 24, "k_proj": 12, "v_proj": 12, "o_proj": 24}.items():
+            theirs[f"{layer}.self_attn.{name}.weight"] = torch.randn(rows, 24)
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            theirs[f"{layer}.{name}.weight"] = torch.randn(24)
+        if number == 1:
+            theirs |= {f"{layer}.mlp.{name}.weight": torch.randn(shape) for name, shape in shapes.items()}
+            continue
+        theirs[f"{layer}.mlp.gate.weight"] = torch.randn(4, 24)
+        for expert in range(4):
+            for name, (rows, columns) in shapes.items():
+                place = f"{layer}.mlp.experts.{expert}.{name}"
+                theirs[f"{place}.weight"] = torch.randn(rows, columns)
+                if lora:
+                    theirs[f"{place}_lora_A.weight"] = torch.randn(lora, columns)
+                    theirs[f"{place}_lora_B.weight"] = torch.randn(rows, lora)
+    assert model.load_pretrained(theirs) == []
+    layers = model.layers
+    assert torch.equal(layers[2].mlp.w_in[3], theirs["model.layers.2.mlp.experts.3.up_proj.weight"])
+    assert torch.equal(layers[1].mlp.fc1_g.weight, theirs["model.layers.1.mlp.gate_proj.weight"])
+    assert torch.equal(layers[0].mlp.router[0], theirs["model.layers.0.mlp.gate.weight"])
+    if lora:
+        assert torch.equal(layers[0].mlp.lora_up_out[1], theirs["model.layers.0.mlp.experts.1.down_proj_lora_B.weight"])
+
+
+# --- ONE-PEACE --------------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def test_one_peace_modalities_and_padding() -> None:
+    model = one_peace().eval()
+    ids, image, audio = words(2), tokens(2, 3, 48, 48), tokens(2, 5, 24)
+    joint = model(ids, image, audio)
+    assert {name: tuple(value.shape) for name, value in joint.items()} == {
+        "text": (2, 8, 24),
+        "image": (2, 10, 24),
+        "audio": (2, 5, 24),
+    }
+    alone = model(image=image)
+    assert list(alone) == ["image"] and not torch.allclose(alone["image"], joint["image"])
+    for kernels in (True, False):
+        model.kernels = kernels
+        # Padding has no part in it: the shorter text has the same features.
+        long = model(ids[:1], image[:1])
+        short = model(ids[:1, :5], image[:1])
+        torch.testing.assert_close(long["image"], short["image"], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(long["text"][:, :6], short["text"], rtol=1e-4, atol=1e-5)
+    model.kernels = True
+    vision = one_peace(modalities=["image"]).eval()
+    state = {name: value for name, value in model.state_dict().items() if name in vision.state_dict()}
+    for name, value in vision.state_dict().items():
+        if ".ffn." in name:
+            state[name] = model.state_dict()[name][1:2]
+        assert state[name].shape == value.shape
+    vision.load_state_dict(state)
+    torch.testing.assert_close(vision(image=image)["image"], alone["image"])
+    empty = model(audio=audio[:, :0])
+    assert empty["audio"].shape == (2, 0, 24)
+
+
+def test_one_peace_takes_published_weights() -> None:
+    model = one_peace()
+    feed_forward = {
+        "w_gate": "0.wi_0.weight",
+        "w_in": "0.wi_1.weight",
+        "hidden_norm_weight": "2.weight",
+        "hidden_norm_bias": "2.bias",
+        "w_out": "3.weight",
+        "b_out": "3.bias",
+    }
+    theirs: Made = {"encoder_wrapper.fusion_model.version": torch.zeros(1)}
+    for name, value in model.state_dict().items():
+        value = torch.randn_like(value)
+        name = name.replace("encoder.", "fusion_model.")
+        for modality in ("text", "image", "audio"):
+            name = name.replace(f"layer_norms.{modality}", f"{modality}_layer_norm")
+        if ".embed_images.1." in name or ".embed_images.4." in name:
+            name = name.replace("weight", "layer_norm.weight").replace("bias", "layer_norm.bias")
+        parent, _, kind = name.rpartition(".")
+        if kind in feed_forward:
+            for number, modality in enumerate(("text", "image", "audio")):
+                theirs[f"encoder_wrapper.{parent.replace('ffn', f'{modality}_ffn')}.{feed_forward[kind]}"] = value[number]
+        else:
+            theirs[f"encoder_wrapper.{name}"] = value
+    assert theirs["encoder_wrapper.fusion_model.layers.1.audio_ffn.0.wi_1.weight"].shape == (40, 24)
+    assert theirs["encoder_wrapper.image_adapter.embed_images.4.layer_norm.bias"].shape == (6,)
+    assert "encoder_wrapper.fusion_model.image_layer_norm.weight" in theirs
+    assert model.load_pretrained(theirs) == ["encoder.version"]
+    layers = model.encoder.layers
+    assert torch.equal(layers[1].ffn.w_in[2], theirs["encoder_wrapper.fusion_model.layers.1.audio_ffn.0.wi_1.weight"])
+    assert torch.equal(layers[0].gamma_1, theirs["encoder_wrapper.fusion_model.layers.0.gamma_1"])
+
+
+def encoded(**given: Any) -> Any:
+    encoder = OnePeaceEncoder(24, 3, 40, ["text", "image"], depth=1)
+    return encoder({"text": tokens(2, 5, 24), **given.pop("tokens", {})}, **given)
+
+
+# --- IMP --------------------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def test_imp_modalities_go_alone_and_experts_take_their_share() -> None:
+    model = imp().eval()
+    text, video = named(50, 2, 13), tokens(2, 3, 8, 32, 48)
+    both = model(text, video)
+    assert both.text.shape == (2, 13, 24) and both.video.shape == (2, 2 * 2 * 3, 24) and len(both.routings) == 4
+    assert_same_bits(model(text).text, both.text, "text alone")
+    assert_same_bits(model(video=video).video, both.video, "video alone")
+    assert model(text).video is None and model(video=video).text is None
+    for routing, count in zip(both.routings, (26, 26, 24, 24), strict=True):
+        taken = torch.bincount(routing.expert_ids[routing.expert_ids >= 0], minlength=4)
+        assert taken.tolist() == [round(count / 4)] * 4
+    # Shorter, smaller, one word.
+    assert model(video=video[:1, :, :4, :16, :16]).video.shape == (1, 1, 24)
+    assert model(text[:1, :1]).text.shape == (1, 1, 24)
+
+
+@torch.no_grad()
+def test_imp_active_parameters_are_those_of_the_dense_model() -> None:
+    """With a capacity factor of 1 a token passes one expert on average."""
+    for size, millions in {"base": 85, "large": 302}.items():
+        with torch.device("meta"):
+            dense, sparse = (mk.models.create_model(f"imp_{kind}{size}") for kind in ("", "moe_"))
+        active = sum(p.numel() / (16 if ".mlp.w_" in n else 1) for n, p in sparse.blocks.named_parameters())
+        routers = sum(p.numel() for n, p in sparse.blocks.named_parameters() if n.endswith("router"))
+        assert active - routers == sum(p.numel() for p in dense.blocks.parameters())
+        assert round(active / 1e6) == millions
+
+
+# --- SkillNet ---------------------------------------------------------------------------------------------------------
+def test_skillnet_runs_the_active_skills_alone() -> None:
+    model = skillnet()
+    ids = named(50, 2, 9)
+    out = model(ids, ["general", "image"])
+    out.sum().backward()
+    for block in model.blocks:
+        assert [bool(gradient.any()) for gradient in block.mlp.w_out.grad] == [True, False, True, False, False, False]
+    torch.testing.assert_close(out, model(ids, ["image", "general"]))
+    assert not torch.allclose(out, model(ids, ["general", "text"]))
+    with torch.no_grad():
+        for block in model.blocks:
+            for parameter in block.mlp.parameters():
+                parameter[3] = parameter[1]
+    torch.testing.assert_close(model(ids, ["sound"]), model(ids, ["text"]))
+    visible = torch.tensor([[True] * 6 + [False] * 3] * 2)
+    for kernels in (True, False):
+        model.kernels = kernels
+        torch.testing.assert_close(model(ids, ["code"], visible)[:, :6], model(ids[:, :6], ["code"]), rtol=1e-4, atol=1e-5)
+
+
 # --- errors -----------------------------------------------------------------------------------------------------------
 ERRORS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: m3vit()(tokens(1, 3, 24, 24)), ValueError, r"images: expected \[B, 3, 24, 40\], got \(1, 3, 24, 24\)"),
@@ -505,6 +852,53 @@ ERRORS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: matformer()(named(50, 1, 9), [0, 1]), ValueError, "granularity: expected one number or one for each of the 3"),
     (lambda: matformer()(named(50, 1, 9), [0, 1, 2.0]), TypeError, "granularity: expected an int"),
     (lambda: matformer(fractions=[0.5, 2]), ValueError, "widths: expected at most hidden, 80, got 160"),
+    (lambda: uni_moe()(named(51, 1, 300)), ValueError, "tokens: expected 0 to 49, got 50"),
+    (lambda: uni_moe()(tokens(2, 9, 25)), ValueError, r"tokens: expected \[B, N, 24\], got \(2, 9, 25\)"),
+    (lambda: uni_moe(top_k=3, published_sampling=True), ValueError, "published_sampling: expected False with top_k 3"),
+    (lambda: uni_moe(top_k=5), ValueError, "top_k: expected at most num_experts, 4, got 5"),
+    (lambda: one_peace()(), ValueError, "tokens: expected a mapping of at least one of text, image, audio, got {}"),
+    (lambda: one_peace(modalities=["image"])(words(2)), ValueError, "text: expected None, the model has image"),
+    (lambda: one_peace()(words(2) + 43), ValueError, "text: expected 0 to 49, got"),
+    (lambda: one_peace()(named(50, 1, 21)), ValueError, "text: expected at most 20 words, got 21"),
+    (lambda: one_peace()(image=tokens(1, 3, 48, 32)), ValueError, r"image: expected \[B, 3, 48, 48\], got \(1, 3, 48, 32\)"),
+    (lambda: one_peace()(words(2), tokens(1, 3, 48, 48)), ValueError, r"tokens\['image'\]: expected a batch of 2, got 1"),
+    (lambda: one_peace()(audio=tokens(1, 3, 23)), ValueError, r"tokens\['audio'\]: expected \[B, N, 24\], got \(1, 3, 23\)"),
+    (lambda: one_peace(modalities=["video"]), ValueError, "modalities: expected different ones of text, image, audio, got"),
+    (lambda: one_peace(image_size=40), ValueError, "image_size: expected a multiple of 16, got 40"),
+    (
+        lambda: encoded(tokens={"audio": tokens(2, 5, 24)}),
+        ValueError,
+        "tokens: expected modalities of text, image, got text",
+    ),
+    (
+        lambda: encoded(biases={"text": tokens(1, 3, 5, 4)}),
+        ValueError,
+        r"biases\['text'\]: expected \[1 or 2, 3, 5, 5\]",
+    ),
+    (lambda: encoded(visible={"text": tokens(2, 5)}), ValueError, r"visible\['text'\]: expected bool \(2, 5\), got"),
+    (lambda: encoded(biases={"image": tokens(1, 3, 5, 5)}), ValueError, "biases: expected modalities of text, got image"),
+    (lambda: imp()(), ValueError, "text: expected it or video, got neither"),
+    (lambda: imp()(named(50, 1, 21)), ValueError, "text: expected at most 20 words, got 21"),
+    (lambda: imp()(named(51, 1, 300)), ValueError, "text: expected 0 to 49, got 50"),
+    (
+        lambda: imp()(None, tokens(1, 3, 6, 32, 48)),
+        ValueError,
+        r"video: expected \[B, 3, frames, height, width\] of",
+    ),
+    (
+        lambda: imp()(None, tokens(1, 3, 4, 32, 64)),
+        ValueError,
+        r"video: expected \[B, 3, frames, height, width\] of",
+    ),
+    (lambda: imp(group_size=5)(named(50, 1, 13)), ValueError, "group_size: expected a divisor of the 13 tokens"),
+    (lambda: imp(moe_depth=4), ValueError, "moe_depth: expected 0 to 3, got 4"),
+    (lambda: imp(max_frames=6), ValueError, "max_frames: expected a multiple of 4, got 6"),
+    (lambda: skillnet()(named(50, 1, 9), []), ValueError, r"skills: expected different ones of general, .*, got \[\]"),
+    (lambda: skillnet()(named(50, 1, 9), "text"), ValueError, "skills: expected different ones of general, .*, got 'text'"),
+    (lambda: skillnet()(named(50, 1, 9), ["smell"]), ValueError, r"skills: expected different ones of .*, got \['smell'\]"),
+    (lambda: skillnet()(named(50, 1, 21), ["text"]), ValueError, "tokens: expected at most 20, got 21"),
+    (lambda: skillnet()(named(50, 1, 9), ["text"], named(2, 1, 9)), ValueError, r"visible: expected bool \(1, 9\), got"),
+    (lambda: skillnet(skills=["a", "a"]), ValueError, r"skills: expected different names, got \['a', 'a'\]"),
     (lambda: m3vit(schedule="streaming"), ValueError, "experts: expected a file or tensors with schedule 'streaming'"),
 ]
 
@@ -527,6 +921,20 @@ SIZES = {
     "mot_1_5b": 2734.9,
     "mot_7b": 13489.4,
     "mot_block": 25.7,
+    "uni_moe_7b": 13231.6,
+    "uni_moe_7b_8e": 21911.4,
+    "uni_moe_block": 608.2,
+    "one_peace": 3858.6,
+    "one_peace_encoder": 3777.2,
+    "one_peace_vision": 1514.6,
+    "one_peace_layer": 94.4,
+    "imp_base": 112.1,
+    "imp_large": 338.3,
+    "imp_moe_base": 536.9,
+    "imp_moe_large": 1093.3,
+    "imp_moe_block": 77.9,
+    "skillnet_base": 385.0,
+    "skillnet_block": 30.7,
     "matformer_78m": 78.1,
     "matformer_180m": 181.4,
     "matformer_310m": 309.9,
@@ -534,6 +942,11 @@ SIZES = {
     "matformer_850m": 846.2,
     "matformer_block": 37.8,
 }
+
+
+def test_every_model_of_these_systems_has_a_size() -> None:
+    systems = ("m3vit", "mot", "uni_moe", "one_peace", "imp", "skillnet", "matformer")
+    assert {name for name in mk.models.list_models() if name.startswith(systems)} == SIZES.keys()
 
 
 @pytest.mark.parametrize("name", SIZES)

@@ -16,7 +16,7 @@ from mmkernels.nn.rotary_attention import Angles
 _INIT_STD = 0.02
 _NORMS = (nn.LayerNorm, nn.RMSNorm, ModalityRMSNorm)
 # Gains, and what begins as 0: low-rank additions and the scale of learned noise.
-_AS_MADE = ("hidden_norm", "out_norm", "gamma", "head_scale", "lora_up", "router_noise")
+_AS_MADE = ("hidden_norm", "out_norm", "gamma", "c_attn", "lora_up", "router_noise")
 
 
 class Rule(NamedTuple):
@@ -53,14 +53,13 @@ class Model(KernelSwitch):
                         nn.init.trunc_normal_(parameter, std=_INIT_STD, generator=generator)
         self.kernels = kernels
 
-    @classmethod
-    def own_names(cls, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def own_names(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Published weights by the names of this class; its own names stay."""
         named: dict[str, Tensor] = {}
         slices: dict[str, dict[int, Tensor]] = {}
         for name, value in state_dict.items():
             index = None
-            for rule in cls.published:
+            for rule in self.published:
                 match = re.fullmatch(rule.pattern, name)
                 if match is None:
                     continue
