@@ -15,7 +15,7 @@ from support import assert_same_bits, assert_within_rule, golden, judge
 from torch import Tensor, nn
 
 import mmkernels as mk
-from mmkernels.nn import ModalityLinear, ModalityMlp, MoE, NestedMlp, SkillMlp
+from mmkernels.nn import ModalityLinear, ModalityMlp, ModalityRMSNorm, MoE, NestedMlp, SkillMlp
 
 Made = dict[str, Tensor]
 
@@ -394,6 +394,29 @@ def test_selection_chooses_but_does_not_weigh() -> None:
     _, routing = module(x, selection=torch.tensor([0.0, 0.0, 100.0, 0.0]), return_routing=True)
     assert bool((routing.expert_ids == 2).all())
     torch.testing.assert_close(routing.weights[:, 0], module.router_logits(x).softmax(-1)[:, 2])
+
+
+def test_modality_norm_has_a_gain_for_each() -> None:
+    module = ModalityRMSNorm(6, 3, eps=1e-3)
+    with torch.no_grad():
+        module.weight.copy_(tokens(3, 6))
+    x, ids = tokens(2, 5, 4, 6), torch.tensor([[0, 2, 2, -1, 0], [2, 0, 0, 0, 2]])
+    for kernels in (True, False):
+        module.kernels = kernels
+        mk.last_kernels(clear=True)
+        heads, alone = module(x, ids), module(x[:, :, 0], ids)
+        assert bool(mk.last_kernels()) == kernels
+        wanted = x / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt() * module.weight[ids.clamp(min=0)][:, :, None]
+        torch.testing.assert_close(heads, wanted)
+        torch.testing.assert_close(alone, wanted[:, :, 0])
+    alone.sum().backward()
+    assert not module.weight.grad[1].any() and module.weight.grad[2].any()
+    with pytest.raises(ValueError, match=r"^modality_ids: expected the leading shape of x, \(2, 5\), got \(2, 4\)"):
+        module(x, ids[:, :4])
+    with pytest.raises(TypeError, match=r"^modality_ids: expected torch\.int64, got torch\.int32"):
+        module(x, ids.int())
+    with pytest.raises(ValueError, match=r"^num_modalities: expected at least 1"):
+        ModalityRMSNorm(6, 0)
 
 
 def test_modalities_are_separate_layers() -> None:
