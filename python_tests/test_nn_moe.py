@@ -15,7 +15,7 @@ from support import assert_same_bits, assert_within_rule, golden, judge
 from torch import Tensor, nn
 
 import mmkernels as mk
-from mmkernels.nn import ModalityLinear, ModalityMlp, MoE, NestedMlp, SkillMlp
+from mmkernels.nn import ModalityLinear, ModalityMlp, ModalityRMSNorm, MoE, NestedMlp, SkillMlp
 
 Made = dict[str, Tensor]
 
@@ -198,72 +198,6 @@ def test_golden_mot(case: str) -> None:
 
 
 # --- Uni-MoE ----------------------------------------------------------------------------------------------------------
-LLAMA = {"w_in": "up_proj", "w_out": "down_proj", "w_gate": "gate_proj"}
-
-
-@pytest.mark.parametrize("case", ["moe4_small", "moe4_odd", "moe8_aux_small"])
-def test_golden_uni_moe(case: str) -> None:
-    tensors, params = golden(f"uni_moe/{case}")
-    experts = params["E"]
-
-    def run(dtype: torch.dtype, kernels: bool) -> Made:
-        module = MoE(params["d"], params["hidden"], experts, params["k"], gated=True, activation="silu", kernels=kernels)
-        values = {
-            ours: torch.stack([tensors[f"w.experts.{e}.{theirs}.weight"] for e in range(experts)])
-            for ours, theirs in LLAMA.items()
-        }
-        set_to(module, values | {"router": tensors["w.gate.weight"][None]}, dtype)
-        x = tensors["x"].to(dtype).requires_grad_()
-        out, routing = module(x, return_routing=True)
-        assert torch.equal(routing.expert_ids, tensors["idx"])
-        made = {"out": out.detach(), "weights": routing.weights.detach()}
-        if "l_aux" in tensors:
-            loss = routing.losses.load_balance_first
-            made["l_aux"] = loss.detach().view_as(tensors["l_aux"])
-            of_x, of_router = torch.autograd.grad(loss, (x, module.router), retain_graph=True)
-            made |= {"laux_grad.x": of_x, "laux_grad.w.gate.weight": of_router[0]}
-        out.backward(tensors["gout"].to(dtype))
-        made |= {"grad.x": x.grad, "grad.w.gate.weight": module.router.grad[0]}
-        for ours, theirs in LLAMA.items():
-            for expert in range(experts):
-                made[f"grad.w.experts.{expert}.{theirs}.weight"] = module.get_parameter(ours).grad[expert]
-        return made
-
-    judge(tensors, run)
-
-
-@pytest.mark.parametrize("case", ["lora_expert_small", "lora_expert_odd"])
-def test_golden_lora_expert(case: str) -> None:
-    """One of the published experts; with one expert the weight of every token is 1."""
-    tensors, params = golden(f"uni_moe/{case}")
-
-    def run(dtype: torch.dtype, kernels: bool) -> Made:
-        module = MoE(
-            params["d"],
-            params["hidden"],
-            1,
-            1,
-            gated=True,
-            activation="silu",
-            lora_rank=params["lora_r"],
-            lora_alpha=params["lora_alpha"],
-            kernels=kernels,
-        )
-        published = {ours: f"w.{theirs}.weight" for ours, theirs in LLAMA.items()}
-        for ours, theirs in LLAMA.items():
-            published[f"lora_down_{ours[2:]}"] = f"w.{theirs}_lora_A.weight"
-            published[f"lora_up_{ours[2:]}"] = f"w.{theirs}_lora_B.weight"
-        values = {ours: tensors[theirs][None] for ours, theirs in published.items()}
-        set_to(module, values | {"router": torch.zeros(1, 1, params["d"])}, dtype)
-        x = tensors["x"].to(dtype).requires_grad_()
-        out = module(x)
-        out.backward(tensors["gout"].to(dtype))
-        made = {"out": out.detach(), "grad.x": x.grad}
-        return made | {f"grad.{theirs}": module.get_parameter(ours).grad[0] for ours, theirs in published.items()}
-
-    judge(tensors, run)
-
-
 @pytest.mark.parametrize("case", ["top2gating_nodrop", "top2gating_drop_cf1", "top2gating_sampling"])
 def test_golden_top2gating(case: str) -> None:
     tensors, params = golden(f"uni_moe/{case}")
@@ -306,76 +240,6 @@ def test_golden_top2gating(case: str) -> None:
         }
 
     judge(tensors | {"combine": combined}, run)
-
-
-# --- IMP --------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("case", ["ec_small", "ec_odd"])
-def test_golden_imp(case: str) -> None:
-    tensors, params = golden(f"imp/{case}")
-
-    def run(dtype: torch.dtype, kernels: bool) -> Made:
-        module = MoE(
-            params["d"],
-            params["hidden"],
-            params["E"],
-            None,
-            kind="expert_choice",
-            activation="gelu_tanh",
-            capacity_factor=params["capacity_factor"],
-            group_size=params["T"],
-            kernels=kernels,
-        )
-        values = {"router": tensors["w_router"].T[None], "w_in": tensors["w1"].mT, "w_out": tensors["w2"].mT}
-        set_to(module, values, dtype)
-        x = tensors["x"].to(dtype).requires_grad_()
-        out, routing = module(x, return_routing=True)
-        taken = (routing.expert_ids[..., None] == torch.arange(params["E"])).any(1).unflatten(0, x.shape[:2])
-        assert torch.equal(
-            taken.mT.nonzero()[:, 2].view(params["G"], params["E"], params["C"]), tensors["token_idx"].sort().values
-        )
-        out.backward(tensors["gout"].to(dtype))
-        return {
-            "out": out.detach(),
-            "grad.x": x.grad,
-            "grad.w_router": module.router.grad[0].T,
-            "grad.w1": module.w_in.grad.mT,
-            "grad.w2": module.w_out.grad.mT,
-        }
-
-    judge(tensors, run)
-
-
-# --- MatFormer --------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("released", [True, False])
-@pytest.mark.parametrize("case", ["nested_small", "nested_odd"])
-def test_golden_matformer(case: str, released: bool) -> None:
-    tensors, params = golden(f"matformer/{case}")
-    widths = params["widths"]
-
-    def run(dtype: torch.dtype, kernels: bool) -> Made:
-        module = NestedMlp(params["d"], params["h"], list(widths.values()), activation_on_product=released, kernels=kernels)
-        set_to(module, {ours: tensors[f"w.{theirs}.weight"] for ours, theirs in LLAMA.items()}, dtype)
-        made = {}
-        for name, width in widths.items():
-            module.zero_grad()
-            x = tensors["x"].to(dtype).requires_grad_()
-            module.width = width
-            out = module(x)
-            assert_same_bits(module(x, width), out, "width of the call")
-            if not released:
-                made[f"{name}.ref_swiglu_out"] = out.detach()
-                continue
-            out.backward(tensors["gout"].to(dtype))
-            made |= {f"{name}.out": out.detach(), f"{name}.grad.x": x.grad}
-            for ours, theirs in LLAMA.items():
-                gradient = module.get_parameter(ours).grad
-                inside = gradient[:, :width] if ours == "w_out" else gradient[:width]
-                outside = gradient[:, width:] if ours == "w_out" else gradient[width:]
-                assert not outside.any()
-                made[f"{name}.grad.w.{theirs}.weight"] = inside
-        return made
-
-    judge(tensors, run)
 
 
 # --- kernels and plain torch ------------------------------------------------------------------------------------------
@@ -530,6 +394,29 @@ def test_selection_chooses_but_does_not_weigh() -> None:
     _, routing = module(x, selection=torch.tensor([0.0, 0.0, 100.0, 0.0]), return_routing=True)
     assert bool((routing.expert_ids == 2).all())
     torch.testing.assert_close(routing.weights[:, 0], module.router_logits(x).softmax(-1)[:, 2])
+
+
+def test_modality_norm_has_a_gain_for_each() -> None:
+    module = ModalityRMSNorm(6, 3, eps=1e-3)
+    with torch.no_grad():
+        module.weight.copy_(tokens(3, 6))
+    x, ids = tokens(2, 5, 4, 6), torch.tensor([[0, 2, 2, -1, 0], [2, 0, 0, 0, 2]])
+    for kernels in (True, False):
+        module.kernels = kernels
+        mk.last_kernels(clear=True)
+        heads, alone = module(x, ids), module(x[:, :, 0], ids)
+        assert bool(mk.last_kernels()) == kernels
+        wanted = x / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt() * module.weight[ids.clamp(min=0)][:, :, None]
+        torch.testing.assert_close(heads, wanted)
+        torch.testing.assert_close(alone, wanted[:, :, 0])
+    alone.sum().backward()
+    assert not module.weight.grad[1].any() and module.weight.grad[2].any()
+    with pytest.raises(ValueError, match=r"^modality_ids: expected the leading shape of x, \(2, 5\), got \(2, 4\)"):
+        module(x, ids[:, :4])
+    with pytest.raises(TypeError, match=r"^modality_ids: expected torch\.int64, got torch\.int32"):
+        module(x, ids.int())
+    with pytest.raises(ValueError, match=r"^num_modalities: expected at least 1"):
+        ModalityRMSNorm(6, 0)
 
 
 def test_modalities_are_separate_layers() -> None:
