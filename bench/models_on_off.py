@@ -7,9 +7,6 @@ inputs, eval mode without gradients."""
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -19,9 +16,8 @@ import torch
 from torch import Tensor
 
 import mmkernels as mk
-from mmkernels.bench.machine import this_machine
 from mmkernels.bench.measure import interleave
-from mmkernels.bench.supervisor import TUNED
+from mmkernels.bench.rows import RowFile, restart_tuned
 
 Inputs = tuple[Tensor, ...]
 
@@ -49,13 +45,10 @@ def main() -> None:
     parser.add_argument("--stock", action="store_true", help="malloc as it comes")
     parser.add_argument("--seconds", type=float, default=10.0, help="of each case")
     arguments = parser.parse_args()
-    if not arguments.stock and any(os.environ.get(name) != value for name, value in TUNED.items()):
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | TUNED)
+    if not arguments.stock:
+        restart_tuned()
     torch.set_num_threads(2)
-    if arguments.file.exists():
-        record = json.loads(arguments.file.read_text())
-    else:
-        record = {"allocator": "stock" if arguments.stock else "tuned", "milliseconds": []}
+    rows = RowFile(arguments.file, "stock" if arguments.stock else "tuned")
     for name in arguments.model or MODELS:
         make, own_batch = MODELS[name]
         batch = arguments.batch or own_batch
@@ -69,10 +62,7 @@ def main() -> None:
                 timings = interleave(steps, arguments.seconds)
             row = {"model": name, "dtype": dtype, "batch": batch}
             row |= {"times_faster": timings["off"].median_ms / timings["on"].median_ms}
-            row |= {kind: asdict(timing) for kind, timing in timings.items()} | {"machine": asdict(this_machine("cpu"))}
-            record["milliseconds"].append(row)
-            arguments.file.write_text(json.dumps(record, indent=1) + "\n")
-            print({key: value for key, value in row.items() if key != "machine"}, flush=True)
+            rows.add(row | {kind: asdict(timing) for kind, timing in timings.items()})
 
 
 if __name__ == "__main__":

@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import os
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +18,8 @@ import torch
 from torch import Tensor, nn
 
 import mmkernels as mk
-from mmkernels.bench.machine import this_machine
 from mmkernels.bench.measure import interleave
-from mmkernels.bench.supervisor import TUNED
+from mmkernels.bench.rows import RowFile, restart_tuned
 from mmkernels.integrations.calls import call, tensors
 from mmkernels.integrations.named import random_inputs
 from mmkernels.integrations.packages import require
@@ -133,13 +129,10 @@ def main() -> None:
     parser.add_argument("--stock", action="store_true", help="malloc as it comes")
     parser.add_argument("--seconds", type=float, default=10.0, help="of each case")
     arguments = parser.parse_args()
-    if not arguments.stock and any(os.environ.get(name) != value for name, value in TUNED.items()):
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | TUNED)
+    if not arguments.stock:
+        restart_tuned()
     torch.set_num_threads(2)
-    if arguments.file.exists():
-        record = json.loads(arguments.file.read_text())
-    else:
-        record = {"allocator": "stock" if arguments.stock else "tuned", "milliseconds": []}
+    rows = RowFile(arguments.file, "stock" if arguments.stock else "tuned")
     for name in arguments.model or MODELS:
         build, batches = MODELS[name]
         for dtype in arguments.dtype or ("float32", "bfloat16"):
@@ -155,10 +148,7 @@ def main() -> None:
                 peer = min(milliseconds[c] for c in ("eager", "compile") if c in milliseconds)
                 row = {"model": name, "dtype": dtype, "batch": batch, "train": arguments.train, "share": covered.share}
                 row |= {"times_faster": peer / milliseconds["swapped"], "milliseconds": milliseconds}
-                row["machine"] = asdict(this_machine("cpu"))
-                record["milliseconds"].append(row)
-                arguments.file.write_text(json.dumps(record, indent=1) + "\n")
-                print({key: value for key, value in row.items() if key != "machine"}, flush=True)
+                rows.add(row)
 
 
 if __name__ == "__main__":

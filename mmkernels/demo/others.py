@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -73,17 +72,8 @@ def run(
     text_parts += [f"## {name}\n\n```\n{part}\n```" for name, part in parts.items()]
     out.mkdir(parents=True, exist_ok=True)
     (out / "report.md").write_text("\n\n".join(text_parts) + "\n", encoding="utf-8")
-    data = {
-        "machine": machine_line(device),
-        "model": model,
-        "inputs": from_where,
-        "modules": [asdict(entry) for entry in report.entries],
-        "errors": [asdict(difference) for difference in found.differences],
-        "within_rule": found.within_rule,
-        "share": covered.share,
-        "kernels": covered.kernels,
-        "times": asdict(times),
-    }
+    data = {"machine": machine_line(device), "model": model, "inputs": from_where}
+    data |= report.as_data(found, covered, times)
     (out / "report.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     for part in (about, *parts.values(), NOTE, f"The report is {out / 'report.md'}"):
         console.print(str(part), highlight=False, markup=False, soft_wrap=True)

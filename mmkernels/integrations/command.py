@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -69,25 +68,14 @@ def run(
         say(f"  {entry.status:>15} {entry.name or '(the model)'} {entry.cls}: {entry.runs or entry.reason}")
     say(report)
     arguments = tuple(inputs.values()) if source == "timm" else inputs
-    result: dict[str, Any] = {
-        "model": model,
-        "dtype": dtype,
-        "batch": batch,
-        "machine": machine_line(target),
-        "modules": [asdict(entry) for entry in report.entries],
-    }
     found = report.verify(arguments) if verify else None
     covered = report.coverage(arguments)
     times = report.profile(arguments, seconds=seconds) if seconds > 0 else None
     for part in (found, covered, times):
         if part is not None:
             say(part)
-    if found is not None:
-        result["errors"] = [asdict(difference) for difference in found.differences]
-        result["within_rule"] = found.within_rule
-    result |= {"share": covered.share, "kernels": covered.kernels, "remaining": covered.remaining}
-    if times is not None:
-        result["times"] = asdict(times)
     if json_path is not None:
+        result = {"model": model, "dtype": dtype, "batch": batch, "machine": machine_line(target)}
+        result |= report.as_data(found, covered, times)
         json_path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return found is None or found.within_rule

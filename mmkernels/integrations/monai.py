@@ -7,7 +7,8 @@ from typing import Any, Final
 
 from torch import Tensor, nn
 
-from mmkernels.integrations.parts import UNKNOWN, activation_name, drop_of, meet_activation, stands_in
+from mmkernels.integrations.branches import Branch, joined
+from mmkernels.integrations.parts import UNKNOWN, activation_name, drop_of, stands_in
 from mmkernels.integrations.rules import Swapped, replaces
 from mmkernels.integrations.sdpa import sdpa
 from mmkernels.nn.linear import untouched
@@ -22,7 +23,7 @@ _REGIONS: Final = "regions"
 
 
 @replaces("monai.networks.blocks.mlp.MLPBlock", runs=("mk.mlp",), forward=("0bcb66fd644e408f",))
-class SwappedMlpBlock(Swapped):
+class SwappedMlpBlock(Branch):
     """MONAI's MLPBlock in one pass."""
 
     linear1: nn.Module
@@ -33,13 +34,12 @@ class SwappedMlpBlock(Swapped):
 
     @staticmethod
     def refuses(module: Any) -> str | None:
-        return "an activation that mk.mlp has no name for" if meet_activation(module.fn) == UNKNOWN else None
+        return "an activation that mk.mlp has no name for" if activation_name(module.fn) == UNKNOWN else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.added_to(x, None)
+        return self.added_to(None, x)
 
-    def added_to(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        """forward(x) + residual."""
+    def added_to(self, residual: Tensor | None, x: Tensor) -> Tensor:  # type: ignore[override]
         name = activation_name(self.fn)
         drop1, drop2 = drop_of(self.drop1), drop_of(self.drop2)
         if name == UNKNOWN:
@@ -168,10 +168,7 @@ class SwappedSwinBlock(Swapped):
             return x + checkpoint(self.forward_part2, x, use_reentrant=False)  # type: ignore[attr-defined]
         plain = untouched(self.drop_path, nn.Identity)
         x = self._attend(x, x) if plain else x + self.drop_path(self._attend(x, None))
-        normed = self.norm2(x)
-        if plain and stands_in(self.mlp, SwappedMlpBlock):
-            return self.mlp.added_to(normed, x)
-        return x + self.drop_path(self.mlp(normed))
+        return joined(x, self.mlp, (self.drop_path,), self.norm2(x))
 
     def can_attend(self, x: Tensor) -> bool:
         """Whether the block does the work of its attention on x, whose stage then makes no mask."""

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from mmkernels.integrations.parts import unusual
+from mmkernels.integrations.parts import unusual_norm
 from mmkernels.integrations.rules import Swapped, replaces
 from mmkernels.nn.tensor_classes import laid_out, op_takes
 from mmkernels.ops.norm import layer_norm
@@ -19,11 +17,7 @@ class _LayerNorm(Swapped):
     bias: Tensor | None
     eps: float
 
-    @staticmethod
-    def refuses(module: Any) -> str | None:
-        if len(module.normalized_shape) != 1:
-            return f"it normalises over {len(module.normalized_shape)} dimensions"
-        return unusual(module.weight)
+    refuses = staticmethod(unusual_norm)
 
     def forward(self, x: Tensor) -> Tensor:
         reason = self._reason(x)

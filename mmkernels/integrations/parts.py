@@ -7,7 +7,6 @@ from typing import Any, Final
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.compiler import is_compiling
 
 from mmkernels.integrations.rules import full_name
 from mmkernels.nn.linear import untouched
@@ -36,27 +35,13 @@ _CLASSES: dict[str, str | None] = {
     "transformers.activations.SiLUActivation": "silu",
 }
 
-# Class -> name, for classes that have been met: a dict by class is what a traced forward pass can look into.
-_met: dict[type, str | None] = {}
-
-
-def meet_activation(activation: Any) -> str | None:
-    """:func:`activation_name`, while modules are being replaced: makes the activation's class known to it."""
-    if isinstance(activation, nn.Module):
-        name = full_name(type(activation))
-        if name in _CLASSES:
-            _met[type(activation)] = _CLASSES[name]
-    return activation_name(activation)
-
 
 def activation_name(activation: Any) -> str | None:
     """The name that the ops have for an activation, a module or a function: None is the identity, UNKNOWN is no name."""
     if not isinstance(activation, nn.Module):
         return _FUNCTIONS.get(activation, UNKNOWN)
     kind = type(activation)
-    if kind not in _met and not is_compiling():  # of a model that was swapped in another process
-        _met[kind] = _CLASSES.get(full_name(kind), UNKNOWN)
-    name = _met.get(kind, UNKNOWN)
+    name = _CLASSES.get(full_name(kind), UNKNOWN)
     if name == UNKNOWN or not untouched(activation, kind):
         return UNKNOWN
     if name == "gelu" and getattr(activation, "approximate", "none") == "tanh":
@@ -83,3 +68,10 @@ def unusual(parameter: Tensor | None) -> str | None:
     if parameter.dtype not in DTYPES:
         return f"its weight is {parameter.dtype}"
     return None if op_takes(parameter) else f"its weight is a {type(parameter).__name__}"
+
+
+def unusual_norm(norm: Any) -> str | None:
+    """Why the ops do not compute a norm like torch's; None where they do."""
+    if len(norm.normalized_shape) != 1:
+        return f"it normalises over {len(norm.normalized_shape)} dimensions"
+    return unusual(norm.weight)

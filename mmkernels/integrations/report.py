@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
@@ -110,6 +110,15 @@ class SwapReport:
             seconds: to spend on timing.
         """
         return measure_profile(self._before(), self._after(), inputs, seconds)
+
+    def as_data(self, errors: Verification | None, coverage: Coverage, times: Profile | None) -> dict[str, Any]:
+        """The report and what its methods found (None: not asked for), as JSON takes them."""
+        data: dict[str, Any] = {"modules": [asdict(entry) for entry in self.entries]}
+        if errors is not None:
+            data["errors"] = [asdict(difference) for difference in errors.differences]
+            data["within_rule"] = errors.within_rule
+        data |= {"share": coverage.share, "kernels": coverage.kernels, "remaining": coverage.remaining}
+        return data if times is None else data | {"times": asdict(times)}
 
     def __str__(self) -> str:
         total = len(self.entries)

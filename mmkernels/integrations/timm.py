@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mmkernels.integrations import timm_swin  # noqa: F401 - its rules
 from mmkernels.integrations.branches import Branch, joined, passes
-from mmkernels.integrations.parts import UNKNOWN, activation_name, drop_of, meet_activation, unusual
+from mmkernels.integrations.parts import UNKNOWN, activation_name, drop_of, unusual_norm
 from mmkernels.integrations.rules import Swapped, replaces
 from mmkernels.integrations.timm_attention import plane_of
 from mmkernels.nn.linear import activated, added, operand, untouched, untouched_linear
@@ -28,9 +28,7 @@ class _Norm(Swapped):
     def refuses(module: Any) -> str | None:
         if module._fast_norm:
             return "timm's fast norm is on, which computes in another precision"
-        if len(module.normalized_shape) != 1:
-            return f"it normalises over {len(module.normalized_shape)} dimensions"
-        return unusual(module.weight)
+        return unusual_norm(module)
 
     @staticmethod
     def attributes(module: nn.Module, dtype: torch.dtype | None) -> dict[str, Any]:
@@ -84,11 +82,6 @@ class _Mlp(Branch):
     @staticmethod
     def refuses(module: Any) -> str | None:
         return "its layers are 1x1 convolutions" if isinstance(module.fc2, nn.Conv2d) else None
-
-    @staticmethod
-    def attributes(module: Any, dtype: torch.dtype | None) -> dict[str, Any]:
-        meet_activation(module.act)
-        return {}
 
     def forward(self, x: Tensor) -> Tensor:
         return self.added_to(None, x)
@@ -178,11 +171,6 @@ class SwappedConvMlp(Branch):
     act: nn.Module
     fc2: nn.Module
     drop: nn.Module
-
-    @staticmethod
-    def attributes(module: Any, dtype: torch.dtype | None) -> dict[str, Any]:
-        meet_activation(module.relu)
-        return {}
 
     def forward(self, x: Tensor, feat_size: list[int]) -> Tensor:
         return self.added_to(None, x, feat_size)

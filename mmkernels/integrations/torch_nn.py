@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmkernels.integrations.parts import NO_DROP, UNKNOWN, activation_name, meet_activation, unusual
+from mmkernels.integrations.parts import NO_DROP, UNKNOWN, activation_name, unusual, unusual_norm
 from mmkernels.integrations.rules import Rule, Swapped, add_rule, replaces
 from mmkernels.nn.attention import MultiheadAttention
 from mmkernels.nn.linear import Linear, activated, untouched, untouched_linear
@@ -26,12 +26,6 @@ def linear_attributes(module: nn.Module, dtype: torch.dtype | None) -> dict[str,
 
 def _norm_attributes(module: nn.Module, dtype: torch.dtype | None) -> dict[str, Any]:
     return {"kernels": True}
-
-
-def _norm_refuses(module: Any) -> str | None:
-    if len(module.normalized_shape) != 1:
-        return f"it normalises over {len(module.normalized_shape)} dimensions"
-    return unusual(module.weight)
 
 
 def _linear_refuses(module: Any) -> str | None:
@@ -55,7 +49,7 @@ add_rule(
         "torch.nn.modules.normalization.LayerNorm",
         LayerNorm,
         ("mk.layer_norm",),
-        refuses=_norm_refuses,
+        refuses=unusual_norm,
         attributes=_norm_attributes,
     )
 )
@@ -64,7 +58,7 @@ add_rule(
         "torch.nn.modules.normalization.RMSNorm",
         RMSNorm,
         ("mk.rms_norm",),
-        refuses=_norm_refuses,
+        refuses=unusual_norm,
         attributes=_norm_attributes,
     )
 )
@@ -110,11 +104,6 @@ class _FeedForward(Swapped):
     linear1: nn.Module
     linear2: nn.Module
     dropout: nn.Module
-
-    @staticmethod
-    def attributes(module: Any, dtype: torch.dtype | None) -> dict[str, Any]:
-        meet_activation(module.activation)
-        return {}
 
     def _feed_forward(self, x: Tensor, drop: nn.Module, residual: Tensor) -> Tensor:
         """residual + drop(linear2(dropout(activation(linear1(x)))))."""
@@ -218,12 +207,6 @@ class SwappedSequential(Swapped):
             return "no linear layer with an activation behind it; its parts are listed below"
         return None
 
-    @staticmethod
-    def attributes(module: nn.Sequential, dtype: torch.dtype | None) -> dict[str, Any]:
-        for layer in module:
-            meet_activation(layer)
-        return {}
-
     def forward(self, input: Tensor) -> Any:  # the argument's name is torch's
         x: Any = input
         layers: list[Any] = list(self._modules.values())
@@ -251,6 +234,6 @@ class SwappedSequential(Swapped):
 def _pairs(layers: list[nn.Module]) -> list[bool]:
     """Whether each layer is a linear one with an activation behind it that the ops know."""
     return [
-        isinstance(layer, nn.Linear) and meet_activation(following) not in (UNKNOWN, None)
+        isinstance(layer, nn.Linear) and activation_name(following) not in (UNKNOWN, None)
         for layer, following in pairwise(layers)
     ]

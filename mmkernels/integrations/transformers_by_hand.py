@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmkernels.integrations.parts import UNKNOWN, activation_name, meet_activation
+from mmkernels.integrations.parts import UNKNOWN, activation_name
 from mmkernels.integrations.rules import Swapped, digest_of, replaces
 from mmkernels.integrations.sdpa import sdpa
 from mmkernels.integrations.transformers_attention import collector_of, weights_wanted
@@ -309,7 +309,7 @@ class SwappedMask2FormerDecoderLayer(Swapped):
         cls = type(module)
         if (digest_of(cls.forward_post), digest_of(cls.forward_pre)) != ("e10e97bcadcc8171", "61e9913bfab771a8"):
             return "its forward_post or forward_pre is not one that mmkernels knows"
-        if meet_activation(module.activation_fn) == UNKNOWN:
+        if activation_name(module.activation_fn) == UNKNOWN:
             return f"its activation is a {type(module.activation_fn).__name__}"
         return None
 

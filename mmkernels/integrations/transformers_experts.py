@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmkernels.integrations.parts import DTYPES, UNKNOWN, activation_name, meet_activation
+from mmkernels.integrations.parts import DTYPES, UNKNOWN, activation_name
 from mmkernels.integrations.rules import Rule, Swapped, note
 from mmkernels.nn.tensor_classes import op_takes
 from mmkernels.ops.moe import moe_mlp
@@ -25,7 +25,6 @@ def experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weigh
             are transposed, each call copies them.
         hidden_states: [T, C]. top_k_index, top_k_weights: [T, K]; an index of num_experts stands for no expert.
     """
-    meet_activation(getattr(module, "act_fn", None))
     reason = unlike(module) or _reason(module, hidden_states)
     if reason is None:
         return _run(module, hidden_states, top_k_index, top_k_weights)
@@ -106,7 +105,6 @@ class SwappedExperts(Swapped):
     def refuses(module: Any) -> str | None:
         if module.is_transposed:
             return "its weights are transposed: each call would copy them"
-        meet_activation(getattr(module, "act_fn", None))
         return unlike(module)
 
     def forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from mmkernels.integrations.parts import NO_DROP, UNKNOWN, activation_name, meet_activation
+from mmkernels.integrations.parts import NO_DROP, UNKNOWN, activation_name
 from mmkernels.integrations.rules import AnyClass, Rule, Swapped, no_attributes, no_refusal
 from mmkernels.nn.linear import activated
 from mmkernels.nn.mlp import dropped, feed_forward
@@ -34,7 +34,7 @@ def _computes(*digests: str, runs: str) -> Callable[[AnyClass], AnyClass]:
 # --- feed-forward layers ------------------------------------------------------------------------------------------------
 def _refuses_activation(cls: Any, module: Any) -> str | None:
     activation = getattr(module, cls._activation)
-    if meet_activation(activation) == UNKNOWN:
+    if activation_name(activation) == UNKNOWN:
         return f"its activation is a {type(activation).__name__}; its layers are replaced one by one"
     return None
 

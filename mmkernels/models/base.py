@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mmkernels.models.weights import load_weights
 from mmkernels.nn import ModalityRMSNorm, rotary_angles
 from mmkernels.nn.mlp import KernelSwitch
 from mmkernels.nn.rotary_attention import Angles
@@ -87,7 +88,7 @@ class Model(KernelSwitch):
         Raises:
             ValueError: names are missing. RuntimeError: shapes do not fit, as torch's load_state_dict says it.
         """
-        taken, own = self.own_names(state_dict), self.state_dict()
+        taken = self.own_names(state_dict)
         tied: dict[int, Tensor] = {}
         parameters = dict(self.named_parameters(remove_duplicate=False))
         for name in parameters.keys() & taken.keys():
@@ -95,11 +96,7 @@ class Model(KernelSwitch):
         for name, parameter in parameters.items():  # a file may hold a tied weight once
             if name not in taken and id(parameter) in tied:
                 taken[name] = tied[id(parameter)]
-        missing = [name for name in own if name not in taken]
-        if missing:
-            raise ValueError(f"state_dict: expected {', '.join(missing)} in it too")
-        self.load_state_dict({name: taken[name] for name in own})
-        return [name for name in taken if name not in own]
+        return load_weights(self, taken)
 
 
 def angles_of(x: Tensor, positions: Tensor | None, channels: int, base: float) -> Angles:

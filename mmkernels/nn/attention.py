@@ -355,12 +355,18 @@ def attend(
     mask: Tensor | None = None,
     bias: Tensor | None = None,
     is_causal: bool = False,
+    segment_ids: Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    """:func:`mmkernels.attention`, or torch's; q [B, H, Lq, D] -> [B, Lq, H * D], the heads side by side."""
-    if kernels and op_takes(q, k, v, mask, bias):
-        out = attention(q, k, v, mask=mask, bias=bias, is_causal=is_causal, dropout_p=dropout_p)
+    """:func:`mmkernels.attention`, or torch's; q [B, H, Lq, D] -> [B, Lq, H * D], the heads side by side. `segment_ids` are
+    those of queries and of keys."""
+    if kernels and op_takes(q, k, v, mask, bias, segment_ids):
+        segments: dict[str, Any] = {"segment_ids_q": segment_ids, "segment_ids_k": segment_ids}
+        out = attention(q, k, v, mask=mask, bias=bias, is_causal=is_causal, dropout_p=dropout_p, **segments)
     else:
+        if segment_ids is not None:
+            same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+            mask = same if mask is None else mask & same
         if is_causal:
             seen = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).tril()
             mask = seen if mask is None else mask & seen

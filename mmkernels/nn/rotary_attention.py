@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmkernels.nn.attention import attend
 from mmkernels.nn.linear import Linear, added
 from mmkernels.nn.mlp import KernelSwitch
 from mmkernels.nn.norm import RMSNorm
 from mmkernels.nn.tensor_classes import op_takes
-from mmkernels.ops.attention import attention
 from mmkernels.ops.checks import check_int
 from mmkernels.ops.qk_norm_rope import qk_norm_rope
 from mmkernels.reference import qk_norm_rope as reference
@@ -63,20 +62,7 @@ def turned_attention(
         prepare: Any = qk_norm_rope if on else reference.qk_norm_rope
         cos, sin = (None, None) if angles is None else angles
         q, k = prepare(q, k, cos, sin, q_weight=q_weight, k_weight=k_weight, eps=eps, norm=norm)
-    if on:
-        segments: dict[str, Any] = {"segment_ids_q": segment_ids, "segment_ids_k": segment_ids}
-        out = attention(q, k, v, mask=mask, is_causal=is_causal, **segments)
-    else:
-        seen = mask
-        if is_causal and (mask is not None or segment_ids is not None):
-            causal = torch.ones(q.size(2), q.size(2), dtype=torch.bool, device=q.device).tril()
-            seen, is_causal = causal if mask is None else mask & causal, False
-        if segment_ids is not None:
-            same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
-            seen = same if seen is None else seen & same
-        grouped = k.size(1) != q.size(1)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=is_causal, enable_gqa=grouped)
-    return out.transpose(1, 2).flatten(2)
+    return attend(q, k, v, kernels, mask=mask, is_causal=is_causal, segment_ids=segment_ids)
 
 
 class RotaryAttention(KernelSwitch):
