@@ -19,6 +19,9 @@ from mmkernels.reference.token_roll import default_ranges
 
 GOLDEN = Path(__file__).parent / "golden" / "all_in_one"
 DTYPES = [torch.float32, torch.bfloat16]
+IN_BLOCKS = {"token_roll_layer_norm", "attention", "linear", "norm", "mlp"}
+"""The ops of a block, each of which has its backward pass."""
+IN_BLOCKS_BACKWARD = IN_BLOCKS | {f"{op}_backward" for op in IN_BLOCKS}
 
 
 def golden(case: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -146,7 +149,7 @@ def test_golden_blocks(case: str) -> None:
     plain = run_blocks(tensors, params, torch.float32, False)
     ran()
     ours = run_blocks(tensors, params, torch.float32, True)
-    assert ran() == {"token_roll_layer_norm", "token_roll_layer_norm_backward"}
+    assert ran() == IN_BLOCKS_BACKWARD
     assert {name for name in tensors if name.startswith(("grad.", "out"))} == exact.keys()
     for name, reference in exact.items():
         assert_within(name, ours[name], plain[name], reference)
@@ -208,7 +211,7 @@ def test_kernels_equal_plain_torch(dtype: torch.dtype, batch: int, num_frames: i
     exact, plain = run(False, torch.float64), run(False, dtype)
     assert ran() == set()
     ours = run(True, dtype)
-    assert ran() == {"token_roll_layer_norm", "token_roll_layer_norm_backward"}
+    assert ran() == IN_BLOCKS_BACKWARD
     assert exact.keys() == plain.keys() == ours.keys()
     assert ("grad transformer.temporal_embed" in exact) == (num_frames > 1)
     for name, reference in exact.items():
@@ -221,7 +224,7 @@ def test_kernels_can_be_switched() -> None:
     with torch.no_grad():
         ran()
         model(*inputs())
-        assert ran() == {"token_roll_layer_norm"}
+        assert ran() == IN_BLOCKS
         model.kernels = False
         assert not model.kernels
         model(*inputs())
@@ -253,6 +256,17 @@ def test_names_are_those_of_the_checkpoints() -> None:
     }
     tokens = {"transformer.cls_token", "transformer.pos_embed", "transformer.temporal_embed", "token_type_embeddings.weight"}
     assert names == text | layers | tokens
+
+
+def test_checkpoints_of_either_head_load() -> None:
+    ours, other = small_model(seed=1), small_model(seed=2)
+    published = {name.replace("itm_score", "vtm_score"): value for name, value in ours.state_dict().items()}
+    published["text_embeddings.position_ids"] = torch.arange(9)[None]
+    assert other.load_pretrained(published) == ["text_embeddings.position_ids"]
+    assert all(torch.equal(value, ours.state_dict()[name]) for name, value in other.state_dict().items())
+    del published["pooler.dense.bias"]
+    with pytest.raises(ValueError, match=r"^state_dict: expected pooler.dense.bias in it too"):
+        other.load_pretrained(published)
 
 
 def test_padding_does_not_reach_the_other_tokens() -> None:
@@ -290,7 +304,7 @@ def test_compiles_as_one_graph(kernels: bool) -> None:
         ran()
         out = compiled(*call)
         out.matching_logits.sum().backward()
-        assert ran() == ({"token_roll_layer_norm", "token_roll_layer_norm_backward"} if kernels else set())
+        assert ran() == (IN_BLOCKS_BACKWARD if kernels else set())
         for got, eager in zip(out, model(*call), strict=True):
             torch.testing.assert_close(got, eager)
 
@@ -303,7 +317,7 @@ def check_inductor(kernels: bool) -> None:
         expected = model(*call)
         ran()
         out = torch.compile(model, fullgraph=True)(*call)
-    assert ran() == ({"token_roll_layer_norm"} if kernels else set())
+    assert ran() == (IN_BLOCKS if kernels else set())
     for got, eager in zip(out, expected, strict=True):
         torch.testing.assert_close(got, eager, rtol=1e-5, atol=1e-5)
 
@@ -360,7 +374,7 @@ def test_whole_tiny_model() -> None:
     model.kernels = True
     ran()
     ours = run_model(model, call, torch.float32)
-    assert ran() == {"token_roll_layer_norm", "token_roll_layer_norm_backward"}
+    assert ran() == IN_BLOCKS_BACKWARD
     model.kernels = False
     exact = run_model(model, call, torch.float64)
     for name, reference in exact.items():

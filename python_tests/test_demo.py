@@ -61,9 +61,10 @@ def test_report(video: Path, tmp_path: Path) -> None:
     assert "[3, 237, 192]" in data["times"][1]["name"]
     assert [row["name"] for row in data["errors"]] == list(AllInOneOutput._fields)
     assert all(row["passes"] for row in data["errors"])
-    (kernel,) = data["kernels"]
-    assert (kernel["op"], kernel["calls"]) == ("token_roll_layer_norm", 12)
-    assert kernel["kernel"] != "reference"
+    calls = {kernel["op"]: kernel["calls"] for kernel in data["kernels"]}
+    # Of each block; and the LayerNorms of the words and at the end, the pooler and the head.
+    assert calls == {"token_roll_layer_norm": 12, "attention": 12, "mlp": 12, "linear": 24 + 2, "norm": 12 + 2}
+    assert all(kernel["kernel"] != "reference" for kernel in data["kernels"])
 
     text = (out / "report.md").read_text()
     for part in (

@@ -20,13 +20,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmkernels.nn import TokenRollLayerNorm, visual_ranges
+from mmkernels.models.base import Model, Rule
+from mmkernels.nn import LayerNorm, Linear, Mlp, SelfAttention, TokenRollLayerNorm, visual_ranges
+from mmkernels.nn.mlp import KernelSwitch
 from mmkernels.ops.token_roll import Range
 
 _INIT_STD = 0.02
@@ -53,7 +55,7 @@ class TextEmbeddings(nn.Module):
         self.word_embeddings = nn.Embedding(vocab_size, hidden_size, padding_idx=0)
         self.position_embeddings = nn.Embedding(max_text_len, hidden_size)
         self.token_type_embeddings = nn.Embedding(2, hidden_size)
-        self.LayerNorm = nn.LayerNorm(hidden_size, eps=1e-12)
+        self.LayerNorm = LayerNorm(hidden_size, eps=1e-12)
 
     def forward(self, ids: Tensor) -> Tensor:
         positions = self.position_embeddings.weight[: ids.shape[1]]
@@ -72,49 +74,23 @@ class PatchEmbed(nn.Module):
         return self.proj(images).flatten(2).transpose(1, 2)
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention with a mask of visible keys [B*T, N] (True = visible)."""
-
-    def __init__(self, hidden_size: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
-        self.proj = nn.Linear(hidden_size, hidden_size)
-
-    def forward(self, x: Tensor, visible: Tensor) -> Tensor:
-        query, key, value = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=visible[:, None, None, :])
-        return self.proj(attended.transpose(1, 2).flatten(2))
-
-
-class Mlp(nn.Module):
-    """Two linear layers with the exact GELU between them."""
-
-    def __init__(self, hidden_size: int, inner_size: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(hidden_size, inner_size)
-        self.fc2 = nn.Linear(inner_size, hidden_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
-class Block(nn.Module):
-    """The roll and a pre-norm ViT block: [B*T, N, C] -> [B*T, N, C]."""
+class Block(KernelSwitch):
+    """The roll and a pre-norm ViT block: [B*T, N, C] -> [B*T, N, C]; visible [B*T, N] bool, False for padding."""
 
     def __init__(
         self, hidden_size: int, num_heads: int, *, mlp_ratio: float = 4.0, eps: float = 1e-6, kernels: bool = True
     ) -> None:
         super().__init__()
-        self.norm1 = TokenRollLayerNorm(hidden_size, eps=eps, kernels=kernels)
-        self.attn = Attention(hidden_size, num_heads)
-        self.norm2 = nn.LayerNorm(hidden_size, eps=eps)
+        self.norm1 = TokenRollLayerNorm(hidden_size, eps=eps)
+        self.attn = SelfAttention(hidden_size, num_heads)
+        self.norm2 = LayerNorm(hidden_size, eps=eps)
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
+        self.kernels = kernels
 
     def forward(self, x: Tensor, visible: Tensor, num_frames: int, ranges: Sequence[Range]) -> Tensor:
         normed, rolled = self.norm1(x, num_frames, ranges)
-        x = rolled + self.attn(normed, visible)
-        return x + self.mlp(self.norm2(x))
+        x = self.attn(normed, rolled, mask=visible[:, None, None, :])
+        return self.mlp(self.norm2(x), x)
 
 
 class VisionTransformer(nn.Module):
@@ -130,7 +106,6 @@ class VisionTransformer(nn.Module):
         patch_size: int,
         mlp_ratio: float,
         num_frames: int,
-        kernels: bool,
     ) -> None:
         super().__init__()
         num_patches = (image_size // patch_size) ** 2
@@ -138,10 +113,8 @@ class VisionTransformer(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, hidden_size))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + num_patches, hidden_size))
         self.temporal_embed = nn.Parameter(torch.zeros(1, num_frames, hidden_size))
-        self.blocks = nn.ModuleList(
-            Block(hidden_size, num_heads, mlp_ratio=mlp_ratio, kernels=kernels) for _ in range(depth)
-        )
-        self.norm = nn.LayerNorm(hidden_size, eps=1e-6)
+        self.blocks = nn.ModuleList(Block(hidden_size, num_heads, mlp_ratio=mlp_ratio) for _ in range(depth))
+        self.norm = LayerNorm(hidden_size, eps=1e-6)
 
     def embed(self, video: Tensor) -> Tensor:
         """[B, T, 3, S, S] -> [B*T, 1 + patches, C]."""
@@ -161,7 +134,7 @@ class Pooler(nn.Module):
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
-        self.dense = nn.Linear(hidden_size, hidden_size)
+        self.dense = Linear(hidden_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.tanh(self.dense(x[:, 0]))
@@ -172,13 +145,13 @@ class MatchingHead(nn.Module):
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
-        self.fc = nn.Linear(hidden_size, 2)
+        self.fc = Linear(hidden_size, 2)
 
     def forward(self, pooled: Tensor) -> Tensor:
         return self.fc(pooled)
 
 
-class AllInOne(nn.Module):
+class AllInOne(Model):
     """All-in-one with its video-text matching head.
 
     Args:
@@ -187,9 +160,7 @@ class AllInOne(nn.Module):
         num_frames: length of the frame embedding. The model takes any number of frames; more than this get no embedding.
         max_text_len: longest sentence in tokens. vocab_size: ids of the tokenizer (BERT uncased has 30522).
         divisor: a frame's visual tokens // divisor come from the frame before and as many from the frame after.
-        kernels: True keeps [text; visual] one tensor and rolls and normalises it in one pass with
-            :func:`mmkernels.token_roll_layer_norm`; False is plain torch: split, roll, concatenate, layer_norm. All else is
-            shared, and the attribute may be set at any time.
+        kernels: True runs the package's ops, False plain torch, whose roll splits and concatenates. May be set at any time.
         seed: of the weights: truncated normal, standard deviation 0.02; biases and the frame embedding 0.
 
     Raises:
@@ -197,6 +168,8 @@ class AllInOne(nn.Module):
 
     Source: see the head of this file.
     """
+
+    published: ClassVar[Sequence[Rule]] = (Rule(r"vtm_score\.(.*)", r"itm_score.\1"),)
 
     def __init__(
         self,
@@ -235,10 +208,10 @@ class AllInOne(nn.Module):
             patch_size=patch_size,
             mlp_ratio=mlp_ratio,
             num_frames=num_frames,
-            kernels=kernels,
         )
         self.pooler = Pooler(hidden_size)
         self.itm_score = MatchingHead(hidden_size)
+        self.kernels = kernels
         with torch.no_grad():
             self._init_weights(seed)
 
@@ -256,16 +229,6 @@ class AllInOne(nn.Module):
                 if getattr(module, "bias", None) is not None:
                     nn.init.zeros_(module.bias)
         self.text_embeddings.word_embeddings.weight[0].zero_()
-
-    @property
-    def kernels(self) -> bool:
-        """Whether every block runs the kernels."""
-        return all(block.norm1.kernels for block in self.transformer.blocks)
-
-    @kernels.setter
-    def kernels(self, on: bool) -> None:
-        for block in self.transformer.blocks:
-            block.norm1.kernels = on
 
     def ranges(self, num_text: int) -> tuple[Range, ...]:
         """What rolls in a joint row with `num_text` text tokens: the `ranges` of :func:`mmkernels.token_roll`."""

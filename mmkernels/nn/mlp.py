@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mmkernels.nn.linear import Linear, activated, added, check_activation, operand, untouched, untouched_linear
 from mmkernels.nn.norm import LayerNorm, RMSNorm
 from mmkernels.nn.tensor_classes import laid_out, op_takes
+from mmkernels.nn.token_roll import TokenRoll, TokenRollLayerNorm
 from mmkernels.ops.linear import mlp
 
 NORMS = (None, "product", "factors")
@@ -106,7 +107,7 @@ class KernelSwitch(nn.Module):
         for module in self.modules():
             if isinstance(module, KernelSwitch):
                 module._kernels = on
-            elif isinstance(module, (Linear, LayerNorm, RMSNorm)):
+            elif isinstance(module, (Linear, LayerNorm, RMSNorm, TokenRoll, TokenRollLayerNorm)):
                 module.kernels = on
 
     def extra_repr(self) -> str:
