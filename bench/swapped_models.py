@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import mmkernels as mk
 from mmkernels.bench.measure import interleave
-from mmkernels.bench.rows import RowFile, restart_tuned
-from mmkernels.integrations.calls import call, tensors
+from mmkernels.bench.rows import RowFile, restart_tuned, training_step
+from mmkernels.integrations.calls import call
 from mmkernels.integrations.named import random_inputs
 from mmkernels.integrations.packages import require
 
@@ -78,19 +78,6 @@ def inputs_of(name: str, model: nn.Module, batch: int, dtype: torch.dtype) -> An
     return inputs if hasattr(model, "config") else tuple(inputs.values())
 
 
-def training_step(model: nn.Module, inputs: Any, forward: Callable[[Any], Any]) -> Callable[[], None]:
-    model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-5)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        outputs: list[Tensor] = list(tensors(forward(inputs), "output").values())
-        sum(output.float().square().mean() for output in outputs).backward()
-        optimizer.step()
-
-    return step
-
-
 def contestants(model: nn.Module, inputs: Any, train: bool, compiled_too: bool) -> tuple[dict[str, Callable[[], Any]], Any]:
     swapped = copy.deepcopy(model)
     report = mk.swap(swapped)
@@ -102,7 +89,7 @@ def contestants(model: nn.Module, inputs: Any, train: bool, compiled_too: bool) 
         each = copy.deepcopy(each)
         runs = torch.compile(each) if name.endswith("compile") else each
         if train:
-            found[name] = training_step(each, inputs, lambda x, m=runs: call(m, x))
+            found[name] = training_step(each, lambda m=runs: call(m, inputs))
         else:
             found[name] = lambda m=runs: call(m, inputs)
     return found, covered

@@ -1,22 +1,40 @@
-"""What scripts that time whole models share: malloc's tuned settings, and a file that has each case once it is measured."""
+"""What scripts that time whole models share: malloc's tuned settings, a training step, a file of what is measured so far."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from mmkernels.bench.machine import this_machine
 from mmkernels.bench.supervisor import TUNED
+from mmkernels.integrations.calls import tensors
 
 
 def restart_tuned() -> None:
     """Starts this program anew under malloc's tuned settings, unless it runs under them."""
     if any(os.environ.get(name) != value for name, value in TUNED.items()):
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | TUNED)
+
+
+def training_step(model: nn.Module, forward: Callable[[], Any]) -> Callable[[], None]:
+    """A step of AdamW on the mean squares of whatever floats `forward` gives."""
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-5)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        sum(output.float().square().mean() for output in tensors(forward(), "output").values()).backward()
+        optimizer.step()
+
+    return step
 
 
 class RowFile:
