@@ -94,9 +94,11 @@ _STREAMING = ".streaming"
 def contestants(name: str, case: Case, dtype: torch.dtype, folder: str) -> dict[str, nn.Module]:
     """A model for each: a switch between two calls would be timed too."""
     if not name.endswith(_STREAMING):
-        return {
-            kind: mk.models.create_model(name, **case.overrides, kernels=kind == "on").to(dtype) for kind in ("on", "off")
-        }
+        models = {kind: mk.models.create_model(name, **case.overrides, kernels=kind == "on") for kind in ("on", "off")}
+        if any(isinstance(module, mk.nn.EcoFormerAttention) for module in models["on"].modules()):
+            mk.nn.fit_hash(models["on"], *case.inputs(1, torch.float32))
+            models["off"].load_state_dict(models["on"].state_dict())
+        return {kind: model.to(dtype) for kind, model in models.items()}
     create = partial(mk.models.create_model, name.removesuffix(_STREAMING), **case.overrides)
     resident = create().to(dtype)
     file = Path(folder) / f"{name}.safetensors"

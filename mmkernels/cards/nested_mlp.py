@@ -29,7 +29,14 @@ from mmkernels.reference.linear import activate
 
 
 def _call(
-    leading: tuple[int, ...], channels: int, width: int, hidden: int, *, gated: bool = True, activation: str | None = "silu"
+    leading: tuple[int, ...],
+    channels: int,
+    width: int,
+    hidden: int,
+    *,
+    gated: bool = True,
+    activation: str | None = "silu",
+    residual: bool = False,
 ) -> Make:
     """x [*leading, channels], the first `width` of `hidden` units."""
 
@@ -41,6 +48,8 @@ def _call(
         kwargs: dict[str, Any] = {"activation": activation}
         if gated:
             kwargs["w_gate"] = normal(hidden, channels)
+        if residual:
+            kwargs["residual"] = torch.randn((*leading, channels), generator=g).to(device=device, dtype=dtype)
         return Call((x, width, normal(hidden, channels), normal(channels, hidden)), kwargs)
 
     return make
@@ -54,6 +63,8 @@ _SAMPLES = (
     Sample("one unit", _call((2, 5), 8, 1, 12)),
     Sample("no units", _call((2, 5), 8, 0, 12), gradcheck=False),
     Sample("plain", _call((2, 5), 8, 5, 12, gated=False, activation="gelu")),
+    Sample("residual", _call((2, 5), 8, 5, 12, residual=True)),
+    Sample("residual of no units", _call((2, 5), 8, 0, 12, residual=True), gradcheck=False),
     Sample("no rows", _call((2, 0), 8, 5, 12), gradcheck=False),
     Sample("strided", with_argument(_SMALL, 0, lambda x: torch.stack((x, x), -1)[..., 0])),
     Sample("MatFormer of ViT-B", _call((197,), 768, 1536, 3072), gradcheck=False),
@@ -101,6 +112,7 @@ CARDS = (
             BadInput("w_in of other channels", bad_argument(_SMALL, 2, lambda w: w[:, 1:]), ValueError, "w_in"),
             BadInput("w_out of other units", bad_argument(_SMALL, 3, lambda w: w[:, 1:]), ValueError, "w_out"),
             BadInput("w_gate of another shape", bad_keyword(_SMALL, w_gate=torch.zeros(11, 8)), ValueError, "w_gate"),
+            BadInput("residual of another shape", bad_keyword(_SMALL, residual=torch.zeros(3, 8)), ValueError, "residual"),
             BadInput("an unknown activation", bad_keyword(_SMALL, activation="swish"), ValueError, "activation"),
             BadInput(
                 "activation on no product",

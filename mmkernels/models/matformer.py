@@ -82,7 +82,7 @@ class MatFormerBlock(Model):
     ) -> Tensor:
         """x [B, L, C]; angles and segment_ids as in RotaryAttention.forward; width as in NestedMlp.forward."""
         x = self.self_attn(self.input_layernorm(x), angles, x, segment_ids=segment_ids)
-        return x + self.mlp(self.post_attention_layernorm(x), width)
+        return self.mlp(self.post_attention_layernorm(x), width, x)
 
 
 class MatFormer(Model):

@@ -94,19 +94,20 @@ class NestedMlp(KernelSwitch):
             uniform(self.w_gate, self.dim)
         uniform(self.w_out, self.hidden)
 
-    def forward(self, x: Tensor, width: int | None = None) -> Tensor:
+    def forward(self, x: Tensor, width: int | None = None, residual: Tensor | None = None) -> Tensor:
         """x [..., dim] -> [..., dim].
 
         Args:
             x: in the dtype of the weights.
             width: hidden units, one of widths; None: those of the attribute.
+            residual: None, or what expands to the output's shape; added last.
 
         Raises:
             ValueError: width is none of these.
             TypeError, ValueError: with kernels, as :func:`mmkernels.nested_mlp`.
         """
         width = self.width if width is None else self._checked(width)
-        on = self.kernels and op_takes(x, self.w_in, self.w_gate, self.w_out)
+        on = self.kernels and op_takes(x, self.w_in, self.w_gate, self.w_out, residual)
         return (nested_mlp if on else reference.nested_mlp)(
             x,
             width,
@@ -115,6 +116,7 @@ class NestedMlp(KernelSwitch):
             w_gate=self.w_gate,
             activation=self.activation,
             activation_on_product=self.activation_on_product,
+            residual=residual,
         )
 
     def extra_repr(self) -> str:

@@ -40,6 +40,7 @@ def nested_mlp(
     w_gate: Tensor | None = None,
     activation: str | None = "silu",
     activation_on_product: bool = False,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """A feed-forward layer of the first `width` hidden units: one of those nested in a wider one.
 
@@ -52,6 +53,7 @@ def nested_mlp(
         w_in, w_gate: [H, C]. w_out: [N, H]. In the dtype of x.
         activation: as in mmkernels.mlp.
         activation_on_product: activation(gate * up) instead of activation(gate) * up, as MatFormer's code was released.
+        residual: as in mmkernels.mlp; added last.
 
     Returns:
         [..., N] in the dtype of x.
@@ -65,6 +67,7 @@ def nested_mlp(
     _check(x, width, w_in, w_out, w_gate, activation_on_product)
     up, out = w_in[:width], w_out[:, :width]
     if not activation_on_product:
-        return mlp(x, up, out, w_gate=None if w_gate is None else w_gate[:width], activation=activation)
+        gate = None if w_gate is None else w_gate[:width]
+        return mlp(x, up, out, w_gate=gate, activation=activation, residual=residual)
     assert w_gate is not None  # _check saw to it
-    return linear(activate(linear(x, w_gate[:width]) * linear(x, up), activation), out)
+    return linear(activate(linear(x, w_gate[:width]) * linear(x, up), activation), out, residual=residual)

@@ -16,10 +16,12 @@ def nested_mlp(
     w_gate: Tensor | None = None,
     activation: str | None = "silu",
     activation_on_product: bool = False,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """The feed-forward layer of the first `width` hidden units; `activation_on_product`: of the product of gate and up, as
     MatFormer's code was released."""
     up, out = w_in[:width], w_out[:, :width]
     if w_gate is not None and activation_on_product:
-        return affine(activate(affine(x, w_gate[:width], None) * affine(x, up, None), activation), out, None)
-    return mlp(x, up, out, w_gate=None if w_gate is None else w_gate[:width], activation=activation)
+        made = affine(activate(affine(x, w_gate[:width], None) * affine(x, up, None), activation), out, None)
+        return made if residual is None else made + residual
+    return mlp(x, up, out, w_gate=None if w_gate is None else w_gate[:width], activation=activation, residual=residual)
