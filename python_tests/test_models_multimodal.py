@@ -10,20 +10,28 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from small_models import (
+    Made,
+    Small,
+    encoded,
+    images,
+    imp,
+    m3vit,
+    matformer,
+    mot,
+    named,
+    one_peace,
+    skillnet,
+    tokens,
+    uni_moe,
+    words,
+)
 from support import assert_same_bits, assert_within_rule
 from torch import Tensor, nn
 
 import mmkernels as mk
-from mmkernels.models.base import Model
-from mmkernels.models.imp import Imp
-from mmkernels.models.m3vit import M3ViT
-from mmkernels.models.matformer import MatFormer, MatFormerBlock
+from mmkernels.models.matformer import MatFormerBlock
 from mmkernels.models.mot import MoT, MoTBlock, hidden_channels
-from mmkernels.models.one_peace import OnePeace, OnePeaceEncoder
-from mmkernels.models.skillnet import SkillNet
-from mmkernels.models.uni_moe import UniMoE
-
-Made = dict[str, Tensor]
 
 
 @pytest.fixture(autouse=True)
@@ -33,71 +41,6 @@ def _alone() -> Iterator[None]:
     yield
     torch.set_num_threads(threads)
     torch._dynamo.reset()
-
-
-def tokens(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 5) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def named(count: int, *shape: int, seed: int = 6) -> Tensor:
-    """Ids from 0 to count - 1."""
-    return torch.randint(0, count, shape, generator=torch.Generator().manual_seed(seed))
-
-
-# --- small models -----------------------------------------------------------------------------------------------------
-class Small:
-    """A small model of each kind, inputs of a batch for it, the ops that it must run, and what of its output is compared."""
-
-    def __init__(
-        self,
-        make: Callable[..., Model],
-        inputs: Callable[[int], tuple[Any, ...]],
-        ran: set[str],
-        out: Callable[[Any], Tensor] = lambda made: made,
-    ) -> None:
-        self.make, self.inputs, self.ran, self.out = make, inputs, ran, out
-
-
-def m3vit(**options: Any) -> M3ViT:
-    sizes: dict[str, Any] = {"depth": 4, "image_size": (24, 40), "patch_size": 8, "num_experts": 6, "top_k": 2}
-    return M3ViT(24, 3, **{"num_tasks": 3, "task_dim": 10, **sizes, **options})
-
-
-def images(batch: int) -> Tensor:
-    return tokens(batch, 3, 24, 40)
-
-
-def mot(**options: Any) -> MoT:
-    return MoT(24, 2, **{"depth": 2, "num_modalities": 3, "hidden": 40, "vocab_size": 50, **options})
-
-
-def matformer(**options: Any) -> MatFormer:
-    return MatFormer(24, 4, **{"depth": 3, "hidden": 80, "vocab_size": 50, "num_kv_heads": 2, **options})
-
-
-def uni_moe(**options: Any) -> UniMoE:
-    return UniMoE(24, 4, 40, **{"depth": 3, "vocab_size": 50, "num_kv_heads": 2, **options})
-
-
-def one_peace(**options: Any) -> OnePeace:
-    sizes = {"depth": 2, "vocab_size": 50, "max_length": 20, "text_buckets": 8, "image_size": 48, "layer_scale": 0.5}
-    return OnePeace(24, 3, 40, **{**sizes, **options})
-
-
-def words(batch: int) -> Tensor:
-    """The last two of the first row are padding."""
-    ids = named(50, batch, 7).clamp(min=2)
-    ids[0, 5:] = 1
-    return ids
-
-
-def imp(**options: Any) -> Imp:
-    sizes = {"depth": 3, "moe_depth": 2, "num_experts": 4, "vocab_size": 50, "max_text_len": 20}
-    return Imp(24, 3, 40, **{**sizes, "max_frames": 8, "image_size": 48, **options})
-
-
-def skillnet(**options: Any) -> SkillNet:
-    return SkillNet(24, 3, 40, **{"depth": 2, "vocab_size": 50, "max_length": 20, **options})
 
 
 LLAMA = {"linear", "attention", "norm", "qk_norm_rope"}
@@ -427,187 +370,6 @@ def test_matformer_sizes_of_the_paper() -> None:
         with torch.device("meta"):
             model = mk.models.create_model(f"matformer_{size}")
         assert round(model.num_parameters() / 1e6) == millions
-
-
-# --- Uni-MoE ----------------------------------------------------------------------------------------------------------
-def test_uni_moe_experts_in_every_second_layer() -> None:
-    model = uni_moe(depth=5)
-    assert [type(layer.mlp) for layer in model.layers] == [mk.nn.MoE, mk.nn.GluMlp] * 2 + [mk.nn.MoE]
-    logits, routings = model(named(50, 2, 7))
-    assert logits.shape == (2, 7, 50) and len(routings) == 3 and routings[0].expert_ids.shape == (14, 2)
-    torch.testing.assert_close(routings[0].weights.sum(1), torch.ones(14))
-    sum(routing.losses.load_balance_first for routing in routings).backward()
-    assert all(layer.mlp.router.grad.any() for layer in model.layers[::2])
-    with torch.no_grad():
-        torch.testing.assert_close(model.eval()(model.embed_tokens(named(50, 2, 7))).logits, logits)
-
-
-@torch.no_grad()
-def test_uni_moe_published_sampling_draws_the_second_expert() -> None:
-    model, plain = uni_moe(num_experts=8, published_sampling=True).eval(), uni_moe(num_experts=8).eval()
-    ids = named(50, 4, 40)
-
-    def routed(seed: int) -> Tensor:
-        return model(ids, generator=torch.Generator().manual_seed(seed)).routings[0].expert_ids
-
-    first, second, wanted = routed(0), routed(1), plain(ids).routings[0].expert_ids
-    assert torch.equal(first, routed(0)) and not torch.equal(first, second)
-    assert all((drawn == wanted[:, :1]).any(1).all() for drawn in (first, second))  # the best one always
-    assert not (first == wanted[:, 1:]).any(1).all()
-
-
-@pytest.mark.parametrize("lora", [0, 3])
-def test_uni_moe_takes_published_weights(lora: int) -> None:
-    model = uni_moe(lora_rank=lora)
-    theirs: Made = {"model.embed_tokens.weight": torch.randn(50, 24), "model.norm.weight": torch.randn(24)}
-    theirs["lm_head.weight"] = torch.randn(50, 24)
-    shapes = {"gate_proj": (40, 24), "up_proj": (40, 24), "down_proj": (24, 40)}
-    for number in range(3):
-        layer = f"model.layers.{number}"
-        for name, rows in {"q_proj": 24, "k_proj": 12, "v_proj": 12, "o_proj": 24}.items():
-            theirs[f"{layer}.self_attn.{name}.weight"] = torch.randn(rows, 24)
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            theirs[f"{layer}.{name}.weight"] = torch.randn(24)
-        if number == 1:
-            theirs |= {f"{layer}.mlp.{name}.weight": torch.randn(shape) for name, shape in shapes.items()}
-            continue
-        theirs[f"{layer}.mlp.gate.weight"] = torch.randn(4, 24)
-        for expert in range(4):
-            for name, (rows, columns) in shapes.items():
-                place = f"{layer}.mlp.experts.{expert}.{name}"
-                theirs[f"{place}.weight"] = torch.randn(rows, columns)
-                if lora:
-                    theirs[f"{place}_lora_A.weight"] = torch.randn(lora, columns)
-                    theirs[f"{place}_lora_B.weight"] = torch.randn(rows, lora)
-    assert model.load_pretrained(theirs) == []
-    layers = model.layers
-    assert torch.equal(layers[2].mlp.w_in[3], theirs["model.layers.2.mlp.experts.3.up_proj.weight"])
-    assert torch.equal(layers[1].mlp.fc1_g.weight, theirs["model.layers.1.mlp.gate_proj.weight"])
-    assert torch.equal(layers[0].mlp.router[0], theirs["model.layers.0.mlp.gate.weight"])
-    if lora:
-        assert torch.equal(layers[0].mlp.lora_up_out[1], theirs["model.layers.0.mlp.experts.1.down_proj_lora_B.weight"])
-
-
-# --- ONE-PEACE --------------------------------------------------------------------------------------------------------
-@torch.no_grad()
-def test_one_peace_modalities_and_padding() -> None:
-    model = one_peace().eval()
-    ids, image, audio = words(2), tokens(2, 3, 48, 48), tokens(2, 5, 24)
-    joint = model(ids, image, audio)
-    assert {name: tuple(value.shape) for name, value in joint.items()} == {
-        "text": (2, 8, 24),
-        "image": (2, 10, 24),
-        "audio": (2, 5, 24),
-    }
-    alone = model(image=image)
-    assert list(alone) == ["image"] and not torch.allclose(alone["image"], joint["image"])
-    for kernels in (True, False):
-        model.kernels = kernels
-        # Padding has no part in it: the shorter text has the same features.
-        long = model(ids[:1], image[:1])
-        short = model(ids[:1, :5], image[:1])
-        torch.testing.assert_close(long["image"], short["image"], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(long["text"][:, :6], short["text"], rtol=1e-4, atol=1e-5)
-    model.kernels = True
-    vision = one_peace(modalities=["image"]).eval()
-    state = {name: value for name, value in model.state_dict().items() if name in vision.state_dict()}
-    for name, value in vision.state_dict().items():
-        if ".ffn." in name:
-            state[name] = model.state_dict()[name][1:2]
-        assert state[name].shape == value.shape
-    vision.load_state_dict(state)
-    torch.testing.assert_close(vision(image=image)["image"], alone["image"])
-    empty = model(audio=audio[:, :0])
-    assert empty["audio"].shape == (2, 0, 24)
-
-
-def test_one_peace_takes_published_weights() -> None:
-    model = one_peace()
-    feed_forward = {
-        "w_gate": "0.wi_0.weight",
-        "w_in": "0.wi_1.weight",
-        "hidden_norm_weight": "2.weight",
-        "hidden_norm_bias": "2.bias",
-        "w_out": "3.weight",
-        "b_out": "3.bias",
-    }
-    theirs: Made = {"encoder_wrapper.fusion_model.version": torch.zeros(1)}
-    for name, value in model.state_dict().items():
-        value = torch.randn_like(value)
-        name = name.replace("encoder.", "fusion_model.")
-        for modality in ("text", "image", "audio"):
-            name = name.replace(f"layer_norms.{modality}", f"{modality}_layer_norm")
-        if ".embed_images.1." in name or ".embed_images.4." in name:
-            name = name.replace("weight", "layer_norm.weight").replace("bias", "layer_norm.bias")
-        parent, _, kind = name.rpartition(".")
-        if kind in feed_forward:
-            for number, modality in enumerate(("text", "image", "audio")):
-                theirs[f"encoder_wrapper.{parent.replace('ffn', f'{modality}_ffn')}.{feed_forward[kind]}"] = value[number]
-        else:
-            theirs[f"encoder_wrapper.{name}"] = value
-    assert theirs["encoder_wrapper.fusion_model.layers.1.audio_ffn.0.wi_1.weight"].shape == (40, 24)
-    assert theirs["encoder_wrapper.image_adapter.embed_images.4.layer_norm.bias"].shape == (6,)
-    assert "encoder_wrapper.fusion_model.image_layer_norm.weight" in theirs
-    assert model.load_pretrained(theirs) == ["encoder.version"]
-    layers = model.encoder.layers
-    assert torch.equal(layers[1].ffn.w_in[2], theirs["encoder_wrapper.fusion_model.layers.1.audio_ffn.0.wi_1.weight"])
-    assert torch.equal(layers[0].gamma_1, theirs["encoder_wrapper.fusion_model.layers.0.gamma_1"])
-
-
-def encoded(**given: Any) -> Any:
-    encoder = OnePeaceEncoder(24, 3, 40, ["text", "image"], depth=1)
-    return encoder({"text": tokens(2, 5, 24), **given.pop("tokens", {})}, **given)
-
-
-# --- IMP --------------------------------------------------------------------------------------------------------------
-@torch.no_grad()
-def test_imp_modalities_go_alone_and_experts_take_their_share() -> None:
-    model = imp().eval()
-    text, video = named(50, 2, 13), tokens(2, 3, 8, 32, 48)
-    both = model(text, video)
-    assert both.text.shape == (2, 13, 24) and both.video.shape == (2, 2 * 2 * 3, 24) and len(both.routings) == 4
-    assert_same_bits(model(text).text, both.text, "text alone")
-    assert_same_bits(model(video=video).video, both.video, "video alone")
-    assert model(text).video is None and model(video=video).text is None
-    for routing, count in zip(both.routings, (26, 26, 24, 24), strict=True):
-        taken = torch.bincount(routing.expert_ids[routing.expert_ids >= 0], minlength=4)
-        assert taken.tolist() == [round(count / 4)] * 4
-    # Shorter, smaller, one word.
-    assert model(video=video[:1, :, :4, :16, :16]).video.shape == (1, 1, 24)
-    assert model(text[:1, :1]).text.shape == (1, 1, 24)
-
-
-@torch.no_grad()
-def test_imp_active_parameters_are_those_of_the_dense_model() -> None:
-    """With a capacity factor of 1 a token passes one expert on average."""
-    for size, millions in {"base": 85, "large": 302}.items():
-        with torch.device("meta"):
-            dense, sparse = (mk.models.create_model(f"imp_{kind}{size}") for kind in ("", "moe_"))
-        active = sum(p.numel() / (16 if ".mlp.w_" in n else 1) for n, p in sparse.blocks.named_parameters())
-        routers = sum(p.numel() for n, p in sparse.blocks.named_parameters() if n.endswith("router"))
-        assert active - routers == sum(p.numel() for p in dense.blocks.parameters())
-        assert round(active / 1e6) == millions
-
-
-# --- SkillNet ---------------------------------------------------------------------------------------------------------
-def test_skillnet_runs_the_active_skills_alone() -> None:
-    model = skillnet()
-    ids = named(50, 2, 9)
-    out = model(ids, ["general", "image"])
-    out.sum().backward()
-    for block in model.blocks:
-        assert [bool(gradient.any()) for gradient in block.mlp.w_out.grad] == [True, False, True, False, False, False]
-    torch.testing.assert_close(out, model(ids, ["image", "general"]))
-    assert not torch.allclose(out, model(ids, ["general", "text"]))
-    with torch.no_grad():
-        for block in model.blocks:
-            for parameter in block.mlp.parameters():
-                parameter[3] = parameter[1]
-    torch.testing.assert_close(model(ids, ["sound"]), model(ids, ["text"]))
-    visible = torch.tensor([[True] * 6 + [False] * 3] * 2)
-    for kernels in (True, False):
-        model.kernels = kernels
-        torch.testing.assert_close(model(ids, ["code"], visible)[:, :6], model(ids[:, :6], ["code"]), rtol=1e-4, atol=1e-5)
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------
