@@ -41,8 +41,9 @@ def test_uni_moe_published_sampling_draws_the_second_expert() -> None:
     assert not (first == wanted[:, 1:]).any(1).all()
 
 
+@pytest.mark.parametrize("deepspeed", [False, True])
 @pytest.mark.parametrize("lora", [0, 3])
-def test_uni_moe_takes_published_weights(lora: int) -> None:
+def test_uni_moe_takes_published_weights(lora: int, deepspeed: bool) -> None:
     model = uni_moe(lora_rank=lora)
     theirs: Made = {"model.embed_tokens.weight": torch.randn(50, 24), "model.norm.weight": torch.randn(24)}
     theirs["lm_head.weight"] = torch.randn(50, 24)
@@ -56,18 +57,38 @@ def test_uni_moe_takes_published_weights(lora: int) -> None:
         if number == 1:
             theirs |= {f"{layer}.mlp.{name}.weight": torch.randn(shape) for name, shape in shapes.items()}
             continue
-        theirs[f"{layer}.mlp.gate.weight"] = torch.randn(4, 24)
+        router, experts = (
+            ("deepspeed_moe.gate.wg", "deepspeed_moe.experts.deepspeed_experts") if deepspeed else ("gate", "experts")
+        )
+        theirs[f"{layer}.mlp.{router}.weight"] = torch.randn(4, 24)
         for expert in range(4):
             for name, (rows, columns) in shapes.items():
-                place = f"{layer}.mlp.experts.{expert}.{name}"
+                place = f"{layer}.mlp.{experts}.{expert}.{name}"
                 theirs[f"{place}.weight"] = torch.randn(rows, columns)
                 if lora:
                     theirs[f"{place}_lora_A.weight"] = torch.randn(lora, columns)
                     theirs[f"{place}_lora_B.weight"] = torch.randn(rows, lora)
     assert model.load_pretrained(theirs) == []
     layers = model.layers
-    assert torch.equal(layers[2].mlp.w_in[3], theirs["model.layers.2.mlp.experts.3.up_proj.weight"])
+    assert torch.equal(layers[2].mlp.w_in[3], theirs[f"model.layers.2.mlp.{experts}.3.up_proj.weight"])
     assert torch.equal(layers[1].mlp.fc1_g.weight, theirs["model.layers.1.mlp.gate_proj.weight"])
-    assert torch.equal(layers[0].mlp.router[0], theirs["model.layers.0.mlp.gate.weight"])
+    assert torch.equal(layers[0].mlp.router[0], theirs[f"model.layers.0.mlp.{router}.weight"])
     if lora:
-        assert torch.equal(layers[0].mlp.lora_up_out[1], theirs["model.layers.0.mlp.experts.1.down_proj_lora_B.weight"])
+        assert torch.equal(layers[0].mlp.lora_up_out[1], theirs[f"model.layers.0.mlp.{experts}.1.down_proj_lora_B.weight"])
+    plain = uni_moe()
+    left = plain.load_pretrained({**theirs, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(3)})
+    assert len(left) == 1 + (2 * 4 * 6 if lora else 0) and all("lora" in name or "inv_freq" in name for name in left)
+
+
+@torch.no_grad()
+def test_uni_moe_documents_in_one_row() -> None:
+    model = uni_moe().eval()
+    first, second = named(50, 2, 5), named(50, 2, 6, seed=8)
+    segments = torch.tensor([0] * 5 + [1] * 6)[None]
+    positions = torch.cat((torch.arange(5), torch.arange(6)))
+    for kernels in (True, False):
+        model.kernels = kernels
+        for ids in (segments, segments.expand(2, -1)):
+            out = model(torch.cat((first, second), 1), positions=positions, segment_ids=ids).logits
+            torch.testing.assert_close(out[:, :5], model(first).logits, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(out[:, 5:], model(second).logits, rtol=1e-4, atol=1e-5)
