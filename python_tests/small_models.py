@@ -65,7 +65,12 @@ def uni_moe(**options: Any) -> UniMoE:
 
 def one_peace(**options: Any) -> OnePeace:
     sizes = {"depth": 2, "vocab_size": 50, "max_length": 20, "text_buckets": 8, "image_size": 48, "layer_scale": 0.5}
-    return OnePeace(24, 3, 40, **{**sizes, **options})
+    model = OnePeace(24, 3, 40, **{**sizes, **options})
+    with torch.no_grad():  # the tables begin as 0
+        for name, parameter in model.named_parameters():
+            if "rel_pos_table" in name:
+                parameter.copy_(tokens(*parameter.shape, seed=options.get("seed", 0)))
+    return model
 
 
 def words(batch: int) -> Tensor:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from small_models import Made, one_peace, tokens, words
+
+from mmkernels.models.one_peace import OnePeace, OnePeaceEncoder
 
 
 @pytest.fixture(autouse=True)
@@ -44,34 +48,102 @@ def test_one_peace_modalities_and_padding() -> None:
     assert empty["audio"].shape == (2, 0, 24)
 
 
-def test_one_peace_takes_published_weights() -> None:
-    model = one_peace()
-    feed_forward = {
-        "w_gate": "0.wi_0.weight",
-        "w_in": "0.wi_1.weight",
-        "hidden_norm_weight": "2.weight",
-        "hidden_norm_bias": "2.bias",
-        "w_out": "3.weight",
-        "b_out": "3.bias",
+def layer_names(layer: str, dim: int, hidden: int, modalities: Sequence[str]) -> Made:
+    """What the published code calls the weights of a layer."""
+    made = {f"{layer}.gamma_{number}": torch.randn(dim) for number in (1, 2)}
+    for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+        made[f"{layer}.self_attn.{name}.weight"] = torch.randn(dim, dim)
+        if name != "k_proj":
+            made[f"{layer}.self_attn.{name}.bias"] = torch.randn(dim)
+    for name in ("self_attn.ln", "self_attn_layer_norm", "final_layer_norm"):
+        made |= {f"{layer}.{name}.{kind}": torch.randn(dim) for kind in ("weight", "bias")}
+    for modality in modalities:
+        place = f"{layer}.{modality}_ffn"
+        made |= {f"{place}.0.wi_{number}.weight": torch.randn(hidden, dim) for number in (0, 1)}
+        made |= {f"{place}.2.{kind}": torch.randn(hidden) for kind in ("weight", "bias")}
+        made |= {f"{place}.3.weight": torch.randn(dim, hidden), f"{place}.3.bias": torch.randn(dim)}
+    return made
+
+
+def published_names(modalities: Sequence[str] = ("text", "image", "audio")) -> Made:
+    """A file of the published code: its encoder, and what is not here (buffers, audio's adapter, projections, decoder)."""
+    place = "encoder_wrapper.fusion_model"
+    made: Made = {f"{place}.version": torch.tensor([3.0])}
+    for number in range(2):
+        made |= layer_names(f"{place}.layers.{number}", 24, 40, modalities)
+    for modality in modalities:
+        made |= {f"{place}.{modality}_layer_norm.{kind}": torch.randn(24) for kind in ("weight", "bias")}
+    text, image = "encoder_wrapper.text_adapter", "encoder_wrapper.image_adapter"
+    made |= {
+        f"{text}.cls_embedding": torch.randn(1, 1, 24),
+        f"{text}.embed_tokens.weight": torch.randn(50, 24),
+        f"{text}.embed_positions.weight": torch.randn(22, 24),
+        f"{text}.rel_pos_table_list.0.weight": torch.randn(18, 3),
+        f"{text}.rp_bucket": torch.zeros(1024, 1024, dtype=torch.int64),
+        f"{image}.cls_embedding": torch.randn(1, 1, 24),
+        f"{image}.pos_embed": torch.randn(10, 24),
+        f"{image}.position_idx": torch.arange(10),
+        f"{image}.rp_bucket": torch.zeros(10, 10, dtype=torch.int64),
+        f"{image}.rel_pos_table_list.0.weight": torch.randn(28, 3),
+        f"{image}.embed_images.0.weight": torch.randn(6, 3, 4, 4),
+        f"{image}.embed_images.0.bias": torch.randn(6),
+        f"{image}.embed_images.3.weight": torch.randn(6, 6, 2, 2),
+        f"{image}.embed_images.3.bias": torch.randn(6),
+        f"{image}.embed_images.6.weight": torch.randn(24, 6, 2, 2),
+        f"{image}.embed_images.6.bias": torch.randn(24),
     }
-    theirs: Made = {"encoder_wrapper.fusion_model.version": torch.zeros(1)}
-    for name, value in model.state_dict().items():
-        value = torch.randn_like(value)
-        name = name.replace("encoder.", "fusion_model.")
-        for modality in ("text", "image", "audio"):
-            name = name.replace(f"layer_norms.{modality}", f"{modality}_layer_norm")
-        if ".embed_images.1." in name or ".embed_images.4." in name:
-            name = name.replace("weight", "layer_norm.weight").replace("bias", "layer_norm.bias")
-        parent, _, kind = name.rpartition(".")
-        if kind in feed_forward:
-            for number, modality in enumerate(("text", "image", "audio")):
-                theirs[f"encoder_wrapper.{parent.replace('ffn', f'{modality}_ffn')}.{feed_forward[kind]}"] = value[number]
-        else:
-            theirs[f"encoder_wrapper.{name}"] = value
-    assert theirs["encoder_wrapper.fusion_model.layers.1.audio_ffn.0.wi_1.weight"].shape == (40, 24)
-    assert theirs["encoder_wrapper.image_adapter.embed_images.4.layer_norm.bias"].shape == (6,)
-    assert "encoder_wrapper.fusion_model.image_layer_norm.weight" in theirs
-    assert model.load_pretrained(theirs) == ["encoder.version"]
+    for number in (1, 4):
+        made |= {f"{image}.embed_images.{number}.layer_norm.{kind}": torch.randn(6) for kind in ("weight", "bias")}
+    # Stage 2 of pretraining: a decoder of fewer modalities.
+    made |= layer_names("decoder_wrapper.fusion_model.layers.0", 12, 20, ["text", "audio"])
+    made |= {"encoder_wrapper.audio_adapter.cls_embedding": torch.randn(1, 1, 24), "logit_scale": torch.tensor(2.0)}
+    return made | {f"{modality}_proj.weight": torch.randn(24, 24) for modality in modalities}
+
+
+def test_one_peace_takes_published_weights() -> None:
+    model, theirs = one_peace(), published_names()
+    left = model.load_pretrained(theirs)
+    place = "encoder_wrapper.fusion_model.layers"
+    not_here = ("version", "rp_bucket", "position_idx", "cls_embedding", "logit_scale")
+    assert not [name for name in left if not name.endswith(not_here) and "proj.weight" not in name and "decoder" not in name]
+    assert len([name for name in left if "decoder" in name]) == len(layer_names("", 12, 20, ["text", "audio"]))
     layers = model.encoder.layers
-    assert torch.equal(layers[1].ffn.w_in[2], theirs["encoder_wrapper.fusion_model.layers.1.audio_ffn.0.wi_1.weight"])
-    assert torch.equal(layers[0].gamma_1, theirs["encoder_wrapper.fusion_model.layers.0.gamma_1"])
+    for number, modality in enumerate(("text", "image", "audio")):
+        assert torch.equal(layers[1].ffn.w_in[number], theirs[f"{place}.1.{modality}_ffn.0.wi_1.weight"])
+        assert torch.equal(layers[1].ffn.w_gate[number], theirs[f"{place}.1.{modality}_ffn.0.wi_0.weight"])
+        assert torch.equal(layers[0].ffn.b_out[number], theirs[f"{place}.0.{modality}_ffn.3.bias"])
+    assert torch.equal(layers[0].gamma_1, theirs[f"{place}.0.gamma_1"])
+    assert torch.equal(layers[0].self_attn.ln.bias, theirs[f"{place}.0.self_attn.ln.bias"])
+    assert torch.equal(
+        model.image_adapter.embed_images[4].bias, theirs["encoder_wrapper.image_adapter.embed_images.4.layer_norm.bias"]
+    )
+    # All of the parameters are theirs now.
+    sums = {float(value.double().sum()) for value in model.encoder.layer_norms.state_dict().values()}
+    assert len(sums) == 6 and sums <= {float(value.double().sum()) for value in theirs.values()}
+    del theirs[f"{place}.1.image_ffn.3.bias"]
+    with pytest.raises(
+        ValueError, match=r"^state_dict: expected number 1 of what becomes encoder\.layers\.1\.ffn\.b_out in"
+    ):
+        model.load_pretrained(theirs)
+
+
+@pytest.mark.parametrize("prefix", ["", "fusion_model.", "encoder_wrapper.fusion_model."])
+def test_one_peace_encoder_takes_published_weights(prefix: str) -> None:
+    encoder = OnePeaceEncoder(24, 3, 40, ["image", "text"], depth=2)
+    place = "encoder_wrapper.fusion_model."
+    theirs = {name.replace(place, prefix): value for name, value in published_names().items() if place in name}
+    left = encoder.load_pretrained(theirs)
+    assert all("audio" in name or name == "version" for name in left) and len(left) == 1 + 2 + 2 * 6
+    # By the order of the modalities here.
+    assert torch.equal(encoder.layers[1].ffn.w_out[1], theirs[f"{prefix}layers.1.text_ffn.3.weight"])
+    assert torch.equal(encoder.layer_norms["image"].bias, theirs[f"{prefix}image_layer_norm.bias"])
+
+
+def test_one_peace_begins_as_published() -> None:
+    model = OnePeace(24, 3, 40, depth=1, image_size=48)
+    for adapter in (model.text_adapter, model.image_adapter):
+        assert not adapter.rel_pos_table_list[0].weight.any() and adapter.cls_embedding.any()
+    assert torch.equal(model.encoder.layers[0].gamma_2, torch.full((24,), 1e-6))
+    assert model.text_adapter.embed_tokens.weight.shape == (50264, 24)  # 50260 words of its dictionary and 4 symbols
+    assert model.text_adapter.embed_positions.weight.shape == (514, 24)
+    assert model.text_adapter.rel_pos_table_list[0].weight.shape == (514, 3)
