@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,100 @@ def test_seed_and_state(name: str) -> None:
     del state[next(name for name in reversed(state) if name != "lm_head.weight")]
     with pytest.raises(ValueError, match=r"^state_dict: expected .* in it too"):
         other.load_pretrained(state)
+
+
+NONE = torch.zeros(0, 7, dtype=torch.int64)
+PADDING = torch.ones(2, 7, dtype=torch.int64)
+# What is small, empty, missing or hidden: (model, inputs, shape of what is compared).
+EDGES: dict[str, tuple[str, tuple[Any, ...], tuple[int, ...]]] = {
+    "uni_moe no rows": ("uni_moe", (NONE,), (0, 7, 50)),
+    "uni_moe no tokens": ("uni_moe", (tokens(2, 0, 24),), (2, 0, 50)),
+    "uni_moe one token": ("uni_moe_lora", (named(50, 1, 1),), (1, 1, 50)),
+    "one_peace no rows": ("one_peace_vl", (NONE, tokens(0, 3, 48, 48)), (0, 18, 24)),
+    "one_peace all padding": ("one_peace_vl", (PADDING,), (2, 8, 24)),
+    "one_peace padding beside": ("one_peace_val", (PADDING, tokens(2, 3, 48, 48), tokens(2, 5, 24)), (2, 23, 24)),
+    "one_peace empty audio": ("one_peace_val", (words(2), None, tokens(2, 0, 24)), (2, 8, 24)),
+    "one_peace audio alone": ("one_peace_val", (None, None, tokens(1, 3, 24)), (1, 3, 24)),
+    "imp no rows": ("imp_text", (NONE,), (0, 7, 24)),
+    "imp no videos": ("imp_video", (None, tokens(0, 3, 4, 16, 48)), (0, 3, 24)),
+    "imp one word": ("imp_text", (named(50, 1, 1),), (1, 1, 24)),
+    "imp one patch": ("imp_video", (None, tokens(1, 3, 4, 16, 16)), (1, 1, 24)),
+    "imp ties": ("imp_text", (PADDING,), (2, 7, 24)),
+    "skillnet no rows": ("skillnet", (NONE, ["text"]), (0, 7, 24)),
+    "skillnet no tokens": ("skillnet_sum", (tokens(2, 0, 24), ["text", "code"]), (2, 0, 24)),
+    "skillnet all hidden": ("skillnet", (PADDING, ["text"], PADDING < 1), (2, 7, 24)),
+    "skillnet a row hidden": ("skillnet_sum", (PADDING, ["text"], torch.tensor([[True], [False]]).expand(2, 7)), (2, 7, 24)),
+}
+
+
+@pytest.mark.parametrize("edge", EDGES)
+@torch.no_grad()
+def test_edges(edge: str) -> None:
+    name, inputs, shape = EDGES[edge]
+    small = SMALL[name]
+    model = small.make().eval()
+    ours = small.out(model(*inputs))
+    model.kernels = False
+    plain = small.out(model(*inputs))
+    assert ours.shape == plain.shape == shape and not ours.isnan().any()
+    torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
+
+
+# Parameters without gradients: of modalities that are not there, of embeddings where tokens come in embedded, and the first
+# factors of low-rank additions, whose second ones begin as 0.
+WITHOUT_GRADIENTS = {
+    "one_peace_vl": {"encoder.layer_norms.audio.weight", "encoder.layer_norms.audio.bias"},
+    "one_peace_val": set(),
+    "imp_text": {"patch_embed.weight", "time_pos_embed", "row_pos_embed", "column_pos_embed"},
+    "imp_video": {"text_embed.weight", "text_pos_embed"},
+    "skillnet": set(),
+    "skillnet_sum": {"embed_tokens.weight"},
+    "uni_moe": set(),
+    "uni_moe_lora": {"embed_tokens.weight"}
+    | {f"layers.{layer}.mlp.lora_down_{name}" for layer in (0, 2) for name in ("in", "out", "gate")},
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_GRADIENTS)
+def test_gradients_reach_every_parameter(name: str) -> None:
+    small = SMALL[name]
+    model = small.make()
+    small.out(model(*small.inputs(2))).square().sum().backward()
+    found = {name for name, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.any()}
+    assert found == WITHOUT_GRADIENTS[name]
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_copies(name: str) -> None:
+    """Copies and pickles have its outputs, and kernels of their own."""
+    small = SMALL[name]
+    model, inputs = small.make().eval(), small.inputs(2)
+    with torch.no_grad():
+        wanted = small.out(model(*inputs))
+        for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert_same_bits(small.out(copied(*inputs)), wanted, "copy")
+            copied.kernels = False
+            assert model.kernels
+            torch.testing.assert_close(small.out(copied(*inputs)), wanted, rtol=1e-4, atol=1e-5)
+            copied.kernels = True
+            assert_same_bits(small.out(copied(*inputs)), wanted, "kernels on again")
+
+
+@pytest.mark.parametrize("name", ["uni_moe", "uni_moe_lora", "one_peace_val", "imp_text", "skillnet"])
+def test_compiled_training(name: str) -> None:
+    """Outputs and gradients, forward and backward each one graph."""
+    small = SMALL[name]
+    model, inputs = small.make(), small.inputs(2)
+
+    def run(called: Callable[..., Any]) -> Made:
+        model.zero_grad()
+        out = small.out(called(*inputs))
+        out.square().sum().backward()
+        return {n: p.grad for n, p in model.named_parameters() if p.grad is not None} | {"out": out.detach()}
+
+    wanted = run(model)
+    made = run(torch.compile(model, backend="aot_eager", fullgraph=True))
+    torch.testing.assert_close(made, wanted, rtol=1e-4, atol=1e-4)
 
 
 # --- M3ViT ------------------------------------------------------------------------------------------------------------
@@ -455,6 +550,44 @@ ERRORS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: skillnet()(named(50, 1, 21), ["text"]), ValueError, "tokens: expected at most 20, got 21"),
     (lambda: skillnet()(named(50, 1, 9), ["text"], named(2, 1, 9)), ValueError, r"visible: expected bool \(1, 9\), got"),
     (lambda: skillnet(skills=["a", "a"]), ValueError, r"skills: expected different names, got \['a', 'a'\]"),
+    (lambda: skillnet(skills="ab"), ValueError, "skills: expected different names, got 'ab'"),
+    (lambda: skillnet()(named(50, 1, 9), 5), ValueError, "skills: expected different ones of general, .*, got 5"),
+    (lambda: skillnet()(named(50, 1, 9), [["text"]]), ValueError, "skills: expected different ones of general, .*, got"),
+    (lambda: skillnet()(named(50, 1, 9), ["text"], [True] * 9), ValueError, r"visible: expected bool \(1, 9\), got list"),
+    (
+        lambda: uni_moe()(named(50, 1, 9), positions=[0] * 9),
+        TypeError,
+        r"positions: expected a tensor \[L\] or \[B, L\], got",
+    ),
+    (
+        lambda: uni_moe(kernels=False)(named(50, 2, 9), segment_ids=named(2, 2, 8)),
+        ValueError,
+        r"segment_ids: expected \(2, 9\), got \(2, 8\)",
+    ),
+    (
+        lambda: uni_moe(kernels=False)(named(50, 1, 9), segment_ids=tokens(1, 9)),
+        TypeError,
+        "segment_ids: expected torch.int64 or torch.int32",
+    ),
+    (lambda: one_peace()(image=[0]), TypeError, r"image: expected floats \[B, 3, 48, 48\], got list"),
+    (
+        lambda: one_peace()(image=named(9, 1, 3, 48, 48)),
+        TypeError,
+        r"image: expected floats \[B, 3, 48, 48\], got torch.int64",
+    ),
+    (lambda: one_peace(image_size="48"), TypeError, "image_size: expected an int, got str"),
+    (lambda: one_peace(max_length=1024), ValueError, "max_length: expected at most 1023, got 1024"),
+    (lambda: one_peace(text_buckets=1), ValueError, "text_buckets: expected at least 2"),
+    (lambda: encoded(tokens={"text": None}), TypeError, r"tokens\['text'\]: expected floats \[B, N, 24\], got NoneType"),
+    (lambda: encoded(biases={"text": 1}), TypeError, r"biases\['text'\]: expected floats \[1 or 2, 3, 5, 5\], got int"),
+    (lambda: encoded(biases={"text": named(9, 1, 3, 5, 5)}), TypeError, r"biases\['text'\]: expected floats"),
+    (lambda: encoded(visible={"text": None}), ValueError, r"visible\['text'\]: expected bool \(2, 5\), got NoneType"),
+    (lambda: imp()(video=[0]), TypeError, r"video: expected floats \[B, 3, frames, height, width\], got list"),
+    (lambda: imp()(video=named(9, 1, 3, 4, 16, 16)), TypeError, r"video: expected floats .* got torch.int64"),
+    (lambda: imp(max_frames="8"), TypeError, "max_frames: expected an int, got str"),
+    (lambda: imp(group_size=0), ValueError, "group_size: expected at least 1"),
+    (lambda: imp(group_size=5, kernels=False)(named(50, 1, 13)), ValueError, "group_size: expected a divisor of the 13"),
+    (lambda: imp(capacity_factor=-1.0), ValueError, "capacity_factor: expected a number of at least 0, got -1.0"),
     (lambda: m3vit(schedule="streaming"), ValueError, "experts: expected a file or tensors with schedule 'streaming'"),
 ]
 
@@ -469,7 +602,7 @@ def test_errors_name_the_argument(call: Callable[[], Any], error: type[Exception
 # Parameters in millions.
 SIZES = {
     "m3vit_small": 43.5,
-    "m3vit_small_nyud": 43.5,
+    "m3vit_small_nyud": 43.4,
     "m3vit_block": 5.4,
     "mot_37m": 40.4,
     "mot_94m": 121.7,
@@ -477,8 +610,8 @@ SIZES = {
     "mot_1_5b": 2734.9,
     "mot_7b": 13489.4,
     "mot_block": 25.7,
-    "uni_moe_7b": 13231.6,
-    "uni_moe_7b_8e": 21911.4,
+    "uni_moe_7b": 13231.5,
+    "uni_moe_7b_8e": 21935.2,
     "uni_moe_block": 608.2,
     "one_peace": 3858.6,
     "one_peace_encoder": 3777.2,
@@ -511,4 +644,4 @@ def test_published_sizes(name: str) -> None:
     with torch.device("meta"):
         model = mk.models.create_model(name)
     assert isinstance(model, nn.Module) and model.kernels
-    assert sum(parameter.numel() for parameter in model.parameters()) / 1e6 == pytest.approx(SIZES[name], rel=0.01)
+    assert sum(parameter.numel() for parameter in model.parameters()) / 1e6 == pytest.approx(SIZES[name], abs=0.06)
