@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,20 +11,28 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from small_models import (
+    Made,
+    Small,
+    encoded,
+    images,
+    imp,
+    m3vit,
+    matformer,
+    mot,
+    named,
+    one_peace,
+    skillnet,
+    tokens,
+    uni_moe,
+    words,
+)
 from support import assert_same_bits, assert_within_rule
 from torch import Tensor, nn
 
 import mmkernels as mk
-from mmkernels.models.base import Model
-from mmkernels.models.imp import Imp
-from mmkernels.models.m3vit import M3ViT
-from mmkernels.models.matformer import MatFormer, MatFormerBlock
+from mmkernels.models.matformer import MatFormerBlock
 from mmkernels.models.mot import MoT, MoTBlock, hidden_channels
-from mmkernels.models.one_peace import OnePeace, OnePeaceEncoder
-from mmkernels.models.skillnet import SkillNet
-from mmkernels.models.uni_moe import UniMoE
-
-Made = dict[str, Tensor]
 
 
 @pytest.fixture(autouse=True)
@@ -33,71 +42,6 @@ def _alone() -> Iterator[None]:
     yield
     torch.set_num_threads(threads)
     torch._dynamo.reset()
-
-
-def tokens(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 5) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def named(count: int, *shape: int, seed: int = 6) -> Tensor:
-    """Ids from 0 to count - 1."""
-    return torch.randint(0, count, shape, generator=torch.Generator().manual_seed(seed))
-
-
-# --- small models -----------------------------------------------------------------------------------------------------
-class Small:
-    """A small model of each kind, inputs of a batch for it, the ops that it must run, and what of its output is compared."""
-
-    def __init__(
-        self,
-        make: Callable[..., Model],
-        inputs: Callable[[int], tuple[Any, ...]],
-        ran: set[str],
-        out: Callable[[Any], Tensor] = lambda made: made,
-    ) -> None:
-        self.make, self.inputs, self.ran, self.out = make, inputs, ran, out
-
-
-def m3vit(**options: Any) -> M3ViT:
-    sizes: dict[str, Any] = {"depth": 4, "image_size": (24, 40), "patch_size": 8, "num_experts": 6, "top_k": 2}
-    return M3ViT(24, 3, **{"num_tasks": 3, "task_dim": 10, **sizes, **options})
-
-
-def images(batch: int) -> Tensor:
-    return tokens(batch, 3, 24, 40)
-
-
-def mot(**options: Any) -> MoT:
-    return MoT(24, 2, **{"depth": 2, "num_modalities": 3, "hidden": 40, "vocab_size": 50, **options})
-
-
-def matformer(**options: Any) -> MatFormer:
-    return MatFormer(24, 4, **{"depth": 3, "hidden": 80, "vocab_size": 50, "num_kv_heads": 2, **options})
-
-
-def uni_moe(**options: Any) -> UniMoE:
-    return UniMoE(24, 4, 40, **{"depth": 3, "vocab_size": 50, "num_kv_heads": 2, **options})
-
-
-def one_peace(**options: Any) -> OnePeace:
-    sizes = {"depth": 2, "vocab_size": 50, "max_length": 20, "text_buckets": 8, "image_size": 48, "layer_scale": 0.5}
-    return OnePeace(24, 3, 40, **{**sizes, **options})
-
-
-def words(batch: int) -> Tensor:
-    """The last two of the first row are padding."""
-    ids = named(50, batch, 7).clamp(min=2)
-    ids[0, 5:] = 1
-    return ids
-
-
-def imp(**options: Any) -> Imp:
-    sizes = {"depth": 3, "moe_depth": 2, "num_experts": 4, "vocab_size": 50, "max_text_len": 20}
-    return Imp(24, 3, 40, **{**sizes, "max_frames": 8, "image_size": 48, **options})
-
-
-def skillnet(**options: Any) -> SkillNet:
-    return SkillNet(24, 3, 40, **{"depth": 2, "vocab_size": 50, "max_length": 20, **options})
 
 
 LLAMA = {"linear", "attention", "norm", "qk_norm_rope"}
@@ -211,6 +155,100 @@ def test_seed_and_state(name: str) -> None:
     del state[next(name for name in reversed(state) if name != "lm_head.weight")]
     with pytest.raises(ValueError, match=r"^state_dict: expected .* in it too"):
         other.load_pretrained(state)
+
+
+NONE = torch.zeros(0, 7, dtype=torch.int64)
+PADDING = torch.ones(2, 7, dtype=torch.int64)
+# What is small, empty, missing or hidden: (model, inputs, shape of what is compared).
+EDGES: dict[str, tuple[str, tuple[Any, ...], tuple[int, ...]]] = {
+    "uni_moe no rows": ("uni_moe", (NONE,), (0, 7, 50)),
+    "uni_moe no tokens": ("uni_moe", (tokens(2, 0, 24),), (2, 0, 50)),
+    "uni_moe one token": ("uni_moe_lora", (named(50, 1, 1),), (1, 1, 50)),
+    "one_peace no rows": ("one_peace_vl", (NONE, tokens(0, 3, 48, 48)), (0, 18, 24)),
+    "one_peace all padding": ("one_peace_vl", (PADDING,), (2, 8, 24)),
+    "one_peace padding beside": ("one_peace_val", (PADDING, tokens(2, 3, 48, 48), tokens(2, 5, 24)), (2, 23, 24)),
+    "one_peace empty audio": ("one_peace_val", (words(2), None, tokens(2, 0, 24)), (2, 8, 24)),
+    "one_peace audio alone": ("one_peace_val", (None, None, tokens(1, 3, 24)), (1, 3, 24)),
+    "imp no rows": ("imp_text", (NONE,), (0, 7, 24)),
+    "imp no videos": ("imp_video", (None, tokens(0, 3, 4, 16, 48)), (0, 3, 24)),
+    "imp one word": ("imp_text", (named(50, 1, 1),), (1, 1, 24)),
+    "imp one patch": ("imp_video", (None, tokens(1, 3, 4, 16, 16)), (1, 1, 24)),
+    "imp ties": ("imp_text", (PADDING,), (2, 7, 24)),
+    "skillnet no rows": ("skillnet", (NONE, ["text"]), (0, 7, 24)),
+    "skillnet no tokens": ("skillnet_sum", (tokens(2, 0, 24), ["text", "code"]), (2, 0, 24)),
+    "skillnet all hidden": ("skillnet", (PADDING, ["text"], PADDING < 1), (2, 7, 24)),
+    "skillnet a row hidden": ("skillnet_sum", (PADDING, ["text"], torch.tensor([[True], [False]]).expand(2, 7)), (2, 7, 24)),
+}
+
+
+@pytest.mark.parametrize("edge", EDGES)
+@torch.no_grad()
+def test_edges(edge: str) -> None:
+    name, inputs, shape = EDGES[edge]
+    small = SMALL[name]
+    model = small.make().eval()
+    ours = small.out(model(*inputs))
+    model.kernels = False
+    plain = small.out(model(*inputs))
+    assert ours.shape == plain.shape == shape and not ours.isnan().any()
+    torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
+
+
+# Parameters without gradients: of modalities that are not there, of embeddings where tokens come in embedded, and the first
+# factors of low-rank additions, whose second ones begin as 0.
+WITHOUT_GRADIENTS = {
+    "one_peace_vl": {"encoder.layer_norms.audio.weight", "encoder.layer_norms.audio.bias"},
+    "one_peace_val": set(),
+    "imp_text": {"patch_embed.weight", "time_pos_embed", "row_pos_embed", "column_pos_embed"},
+    "imp_video": {"text_embed.weight", "text_pos_embed"},
+    "skillnet": set(),
+    "skillnet_sum": {"embed_tokens.weight"},
+    "uni_moe": set(),
+    "uni_moe_lora": {"embed_tokens.weight"}
+    | {f"layers.{layer}.mlp.lora_down_{name}" for layer in (0, 2) for name in ("in", "out", "gate")},
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_GRADIENTS)
+def test_gradients_reach_every_parameter(name: str) -> None:
+    small = SMALL[name]
+    model = small.make()
+    small.out(model(*small.inputs(2))).square().sum().backward()
+    found = {name for name, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.any()}
+    assert found == WITHOUT_GRADIENTS[name]
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_copies(name: str) -> None:
+    """Copies and pickles have its outputs, and kernels of their own."""
+    small = SMALL[name]
+    model, inputs = small.make().eval(), small.inputs(2)
+    with torch.no_grad():
+        wanted = small.out(model(*inputs))
+        for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert_same_bits(small.out(copied(*inputs)), wanted, "copy")
+            copied.kernels = False
+            assert model.kernels
+            torch.testing.assert_close(small.out(copied(*inputs)), wanted, rtol=1e-4, atol=1e-5)
+            copied.kernels = True
+            assert_same_bits(small.out(copied(*inputs)), wanted, "kernels on again")
+
+
+@pytest.mark.parametrize("name", ["uni_moe", "uni_moe_lora", "one_peace_val", "imp_text", "skillnet"])
+def test_compiled_training(name: str) -> None:
+    """Outputs and gradients, forward and backward each one graph."""
+    small = SMALL[name]
+    model, inputs = small.make(), small.inputs(2)
+
+    def run(called: Callable[..., Any]) -> Made:
+        model.zero_grad()
+        out = small.out(called(*inputs))
+        out.square().sum().backward()
+        return {n: p.grad for n, p in model.named_parameters() if p.grad is not None} | {"out": out.detach()}
+
+    wanted = run(model)
+    made = run(torch.compile(model, backend="aot_eager", fullgraph=True))
+    torch.testing.assert_close(made, wanted, rtol=1e-4, atol=1e-4)
 
 
 # --- M3ViT ------------------------------------------------------------------------------------------------------------
@@ -429,187 +467,6 @@ def test_matformer_sizes_of_the_paper() -> None:
         assert round(model.num_parameters() / 1e6) == millions
 
 
-# --- Uni-MoE ----------------------------------------------------------------------------------------------------------
-def test_uni_moe_experts_in_every_second_layer() -> None:
-    model = uni_moe(depth=5)
-    assert [type(layer.mlp) for layer in model.layers] == [mk.nn.MoE, mk.nn.GluMlp] * 2 + [mk.nn.MoE]
-    logits, routings = model(named(50, 2, 7))
-    assert logits.shape == (2, 7, 50) and len(routings) == 3 and routings[0].expert_ids.shape == (14, 2)
-    torch.testing.assert_close(routings[0].weights.sum(1), torch.ones(14))
-    sum(routing.losses.load_balance_first for routing in routings).backward()
-    assert all(layer.mlp.router.grad.any() for layer in model.layers[::2])
-    with torch.no_grad():
-        torch.testing.assert_close(model.eval()(model.embed_tokens(named(50, 2, 7))).logits, logits)
-
-
-@torch.no_grad()
-def test_uni_moe_published_sampling_draws_the_second_expert() -> None:
-    model, plain = uni_moe(num_experts=8, published_sampling=True).eval(), uni_moe(num_experts=8).eval()
-    ids = named(50, 4, 40)
-
-    def routed(seed: int) -> Tensor:
-        return model(ids, generator=torch.Generator().manual_seed(seed)).routings[0].expert_ids
-
-    first, second, wanted = routed(0), routed(1), plain(ids).routings[0].expert_ids
-    assert torch.equal(first, routed(0)) and not torch.equal(first, second)
-    assert all((drawn == wanted[:, :1]).any(1).all() for drawn in (first, second))  # the best one always
-    assert not (first == wanted[:, 1:]).any(1).all()
-
-
-@pytest.mark.parametrize("lora", [0, 3])
-def test_uni_moe_takes_published_weights(lora: int) -> None:
-    model = uni_moe(lora_rank=lora)
-    theirs: Made = {"model.embed_tokens.weight": torch.randn(50, 24), "model.norm.weight": torch.randn(24)}
-    theirs["lm_head.weight"] = torch.randn(50, 24)
-    shapes = {"gate_proj": (40, 24), "up_proj": (40, 24), "down_proj": (24, 40)}
-    for number in range(3):
-        layer = f"model.layers.{number}"
-        for name, rows in {"q_proj": 24, "k_proj": 12, "v_proj": 12, "o_proj": 24}.items():
-            theirs[f"{layer}.self_attn.{name}.weight"] = torch.randn(rows, 24)
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            theirs[f"{layer}.{name}.weight"] = torch.randn(24)
-        if number == 1:
-            theirs |= {f"{layer}.mlp.{name}.weight": torch.randn(shape) for name, shape in shapes.items()}
-            continue
-        theirs[f"{layer}.mlp.gate.weight"] = torch.randn(4, 24)
-        for expert in range(4):
-            for name, (rows, columns) in shapes.items():
-                place = f"{layer}.mlp.experts.{expert}.{name}"
-                theirs[f"{place}.weight"] = torch.randn(rows, columns)
-                if lora:
-                    theirs[f"{place}_lora_A.weight"] = torch.randn(lora, columns)
-                    theirs[f"{place}_lora_B.weight"] = torch.randn(rows, lora)
-    assert model.load_pretrained(theirs) == []
-    layers = model.layers
-    assert torch.equal(layers[2].mlp.w_in[3], theirs["model.layers.2.mlp.experts.3.up_proj.weight"])
-    assert torch.equal(layers[1].mlp.fc1_g.weight, theirs["model.layers.1.mlp.gate_proj.weight"])
-    assert torch.equal(layers[0].mlp.router[0], theirs["model.layers.0.mlp.gate.weight"])
-    if lora:
-        assert torch.equal(layers[0].mlp.lora_up_out[1], theirs["model.layers.0.mlp.experts.1.down_proj_lora_B.weight"])
-
-
-# --- ONE-PEACE --------------------------------------------------------------------------------------------------------
-@torch.no_grad()
-def test_one_peace_modalities_and_padding() -> None:
-    model = one_peace().eval()
-    ids, image, audio = words(2), tokens(2, 3, 48, 48), tokens(2, 5, 24)
-    joint = model(ids, image, audio)
-    assert {name: tuple(value.shape) for name, value in joint.items()} == {
-        "text": (2, 8, 24),
-        "image": (2, 10, 24),
-        "audio": (2, 5, 24),
-    }
-    alone = model(image=image)
-    assert list(alone) == ["image"] and not torch.allclose(alone["image"], joint["image"])
-    for kernels in (True, False):
-        model.kernels = kernels
-        # Padding has no part in it: the shorter text has the same features.
-        long = model(ids[:1], image[:1])
-        short = model(ids[:1, :5], image[:1])
-        torch.testing.assert_close(long["image"], short["image"], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(long["text"][:, :6], short["text"], rtol=1e-4, atol=1e-5)
-    model.kernels = True
-    vision = one_peace(modalities=["image"]).eval()
-    state = {name: value for name, value in model.state_dict().items() if name in vision.state_dict()}
-    for name, value in vision.state_dict().items():
-        if ".ffn." in name:
-            state[name] = model.state_dict()[name][1:2]
-        assert state[name].shape == value.shape
-    vision.load_state_dict(state)
-    torch.testing.assert_close(vision(image=image)["image"], alone["image"])
-    empty = model(audio=audio[:, :0])
-    assert empty["audio"].shape == (2, 0, 24)
-
-
-def test_one_peace_takes_published_weights() -> None:
-    model = one_peace()
-    feed_forward = {
-        "w_gate": "0.wi_0.weight",
-        "w_in": "0.wi_1.weight",
-        "hidden_norm_weight": "2.weight",
-        "hidden_norm_bias": "2.bias",
-        "w_out": "3.weight",
-        "b_out": "3.bias",
-    }
-    theirs: Made = {"encoder_wrapper.fusion_model.version": torch.zeros(1)}
-    for name, value in model.state_dict().items():
-        value = torch.randn_like(value)
-        name = name.replace("encoder.", "fusion_model.")
-        for modality in ("text", "image", "audio"):
-            name = name.replace(f"layer_norms.{modality}", f"{modality}_layer_norm")
-        if ".embed_images.1." in name or ".embed_images.4." in name:
-            name = name.replace("weight", "layer_norm.weight").replace("bias", "layer_norm.bias")
-        parent, _, kind = name.rpartition(".")
-        if kind in feed_forward:
-            for number, modality in enumerate(("text", "image", "audio")):
-                theirs[f"encoder_wrapper.{parent.replace('ffn', f'{modality}_ffn')}.{feed_forward[kind]}"] = value[number]
-        else:
-            theirs[f"encoder_wrapper.{name}"] = value
-    assert theirs["encoder_wrapper.fusion_model.layers.1.audio_ffn.0.wi_1.weight"].shape == (40, 24)
-    assert theirs["encoder_wrapper.image_adapter.embed_images.4.layer_norm.bias"].shape == (6,)
-    assert "encoder_wrapper.fusion_model.image_layer_norm.weight" in theirs
-    assert model.load_pretrained(theirs) == ["encoder.version"]
-    layers = model.encoder.layers
-    assert torch.equal(layers[1].ffn.w_in[2], theirs["encoder_wrapper.fusion_model.layers.1.audio_ffn.0.wi_1.weight"])
-    assert torch.equal(layers[0].gamma_1, theirs["encoder_wrapper.fusion_model.layers.0.gamma_1"])
-
-
-def encoded(**given: Any) -> Any:
-    encoder = OnePeaceEncoder(24, 3, 40, ["text", "image"], depth=1)
-    return encoder({"text": tokens(2, 5, 24), **given.pop("tokens", {})}, **given)
-
-
-# --- IMP --------------------------------------------------------------------------------------------------------------
-@torch.no_grad()
-def test_imp_modalities_go_alone_and_experts_take_their_share() -> None:
-    model = imp().eval()
-    text, video = named(50, 2, 13), tokens(2, 3, 8, 32, 48)
-    both = model(text, video)
-    assert both.text.shape == (2, 13, 24) and both.video.shape == (2, 2 * 2 * 3, 24) and len(both.routings) == 4
-    assert_same_bits(model(text).text, both.text, "text alone")
-    assert_same_bits(model(video=video).video, both.video, "video alone")
-    assert model(text).video is None and model(video=video).text is None
-    for routing, count in zip(both.routings, (26, 26, 24, 24), strict=True):
-        taken = torch.bincount(routing.expert_ids[routing.expert_ids >= 0], minlength=4)
-        assert taken.tolist() == [round(count / 4)] * 4
-    # Shorter, smaller, one word.
-    assert model(video=video[:1, :, :4, :16, :16]).video.shape == (1, 1, 24)
-    assert model(text[:1, :1]).text.shape == (1, 1, 24)
-
-
-@torch.no_grad()
-def test_imp_active_parameters_are_those_of_the_dense_model() -> None:
-    """With a capacity factor of 1 a token passes one expert on average."""
-    for size, millions in {"base": 85, "large": 302}.items():
-        with torch.device("meta"):
-            dense, sparse = (mk.models.create_model(f"imp_{kind}{size}") for kind in ("", "moe_"))
-        active = sum(p.numel() / (16 if ".mlp.w_" in n else 1) for n, p in sparse.blocks.named_parameters())
-        routers = sum(p.numel() for n, p in sparse.blocks.named_parameters() if n.endswith("router"))
-        assert active - routers == sum(p.numel() for p in dense.blocks.parameters())
-        assert round(active / 1e6) == millions
-
-
-# --- SkillNet ---------------------------------------------------------------------------------------------------------
-def test_skillnet_runs_the_active_skills_alone() -> None:
-    model = skillnet()
-    ids = named(50, 2, 9)
-    out = model(ids, ["general", "image"])
-    out.sum().backward()
-    for block in model.blocks:
-        assert [bool(gradient.any()) for gradient in block.mlp.w_out.grad] == [True, False, True, False, False, False]
-    torch.testing.assert_close(out, model(ids, ["image", "general"]))
-    assert not torch.allclose(out, model(ids, ["general", "text"]))
-    with torch.no_grad():
-        for block in model.blocks:
-            for parameter in block.mlp.parameters():
-                parameter[3] = parameter[1]
-    torch.testing.assert_close(model(ids, ["sound"]), model(ids, ["text"]))
-    visible = torch.tensor([[True] * 6 + [False] * 3] * 2)
-    for kernels in (True, False):
-        model.kernels = kernels
-        torch.testing.assert_close(model(ids, ["code"], visible)[:, :6], model(ids[:, :6], ["code"]), rtol=1e-4, atol=1e-5)
-
-
 # --- errors -----------------------------------------------------------------------------------------------------------
 ERRORS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: m3vit()(tokens(1, 3, 24, 24)), ValueError, r"images: expected \[B, 3, 24, 40\], got \(1, 3, 24, 24\)"),
@@ -693,6 +550,44 @@ ERRORS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: skillnet()(named(50, 1, 21), ["text"]), ValueError, "tokens: expected at most 20, got 21"),
     (lambda: skillnet()(named(50, 1, 9), ["text"], named(2, 1, 9)), ValueError, r"visible: expected bool \(1, 9\), got"),
     (lambda: skillnet(skills=["a", "a"]), ValueError, r"skills: expected different names, got \['a', 'a'\]"),
+    (lambda: skillnet(skills="ab"), ValueError, "skills: expected different names, got 'ab'"),
+    (lambda: skillnet()(named(50, 1, 9), 5), ValueError, "skills: expected different ones of general, .*, got 5"),
+    (lambda: skillnet()(named(50, 1, 9), [["text"]]), ValueError, "skills: expected different ones of general, .*, got"),
+    (lambda: skillnet()(named(50, 1, 9), ["text"], [True] * 9), ValueError, r"visible: expected bool \(1, 9\), got list"),
+    (
+        lambda: uni_moe()(named(50, 1, 9), positions=[0] * 9),
+        TypeError,
+        r"positions: expected a tensor \[L\] or \[B, L\], got",
+    ),
+    (
+        lambda: uni_moe(kernels=False)(named(50, 2, 9), segment_ids=named(2, 2, 8)),
+        ValueError,
+        r"segment_ids: expected \(2, 9\), got \(2, 8\)",
+    ),
+    (
+        lambda: uni_moe(kernels=False)(named(50, 1, 9), segment_ids=tokens(1, 9)),
+        TypeError,
+        "segment_ids: expected torch.int64 or torch.int32",
+    ),
+    (lambda: one_peace()(image=[0]), TypeError, r"image: expected floats \[B, 3, 48, 48\], got list"),
+    (
+        lambda: one_peace()(image=named(9, 1, 3, 48, 48)),
+        TypeError,
+        r"image: expected floats \[B, 3, 48, 48\], got torch.int64",
+    ),
+    (lambda: one_peace(image_size="48"), TypeError, "image_size: expected an int, got str"),
+    (lambda: one_peace(max_length=1024), ValueError, "max_length: expected at most 1023, got 1024"),
+    (lambda: one_peace(text_buckets=1), ValueError, "text_buckets: expected at least 2"),
+    (lambda: encoded(tokens={"text": None}), TypeError, r"tokens\['text'\]: expected floats \[B, N, 24\], got NoneType"),
+    (lambda: encoded(biases={"text": 1}), TypeError, r"biases\['text'\]: expected floats \[1 or 2, 3, 5, 5\], got int"),
+    (lambda: encoded(biases={"text": named(9, 1, 3, 5, 5)}), TypeError, r"biases\['text'\]: expected floats"),
+    (lambda: encoded(visible={"text": None}), ValueError, r"visible\['text'\]: expected bool \(2, 5\), got NoneType"),
+    (lambda: imp()(video=[0]), TypeError, r"video: expected floats \[B, 3, frames, height, width\], got list"),
+    (lambda: imp()(video=named(9, 1, 3, 4, 16, 16)), TypeError, r"video: expected floats .* got torch.int64"),
+    (lambda: imp(max_frames="8"), TypeError, "max_frames: expected an int, got str"),
+    (lambda: imp(group_size=0), ValueError, "group_size: expected at least 1"),
+    (lambda: imp(group_size=5, kernels=False)(named(50, 1, 13)), ValueError, "group_size: expected a divisor of the 13"),
+    (lambda: imp(capacity_factor=-1.0), ValueError, "capacity_factor: expected a number of at least 0, got -1.0"),
     (lambda: m3vit(schedule="streaming"), ValueError, "experts: expected a file or tensors with schedule 'streaming'"),
 ]
 
@@ -707,7 +602,7 @@ def test_errors_name_the_argument(call: Callable[[], Any], error: type[Exception
 # Parameters in millions.
 SIZES = {
     "m3vit_small": 43.5,
-    "m3vit_small_nyud": 43.5,
+    "m3vit_small_nyud": 43.4,
     "m3vit_block": 5.4,
     "mot_37m": 40.4,
     "mot_94m": 121.7,
@@ -715,8 +610,8 @@ SIZES = {
     "mot_1_5b": 2734.9,
     "mot_7b": 13489.4,
     "mot_block": 25.7,
-    "uni_moe_7b": 13231.6,
-    "uni_moe_7b_8e": 21911.4,
+    "uni_moe_7b": 13231.5,
+    "uni_moe_7b_8e": 21935.2,
     "uni_moe_block": 608.2,
     "one_peace": 3858.6,
     "one_peace_encoder": 3777.2,
@@ -749,4 +644,4 @@ def test_published_sizes(name: str) -> None:
     with torch.device("meta"):
         model = mk.models.create_model(name)
     assert isinstance(model, nn.Module) and model.kernels
-    assert sum(parameter.numel() for parameter in model.parameters()) / 1e6 == pytest.approx(SIZES[name], rel=0.01)
+    assert sum(parameter.numel() for parameter in model.parameters()) / 1e6 == pytest.approx(SIZES[name], abs=0.06)

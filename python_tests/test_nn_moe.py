@@ -482,6 +482,10 @@ def test_no_tokens() -> None:
         ({"schedule": "streaming"}, "experts: expected a file or tensors with schedule 'streaming'"),
         ({"experts": {}}, "experts: expected None with schedule 'resident'"),
         ({"lora_rank": -1}, "lora_rank: expected"),
+        ({"capacity_factor": -1.0}, "capacity_factor: expected a number of at least 0, got -1.0"),
+        ({"capacity_factor": "1"}, "capacity_factor: expected a float"),
+        ({"kind": "expert_choice", "group_size": 0}, "group_size: expected at least 1"),
+        ({"group_size": 4}, "group_size: expected None with kind 'topk_softmax'"),
     ],
 )
 def test_errors_of_moe_name_the_argument(options: dict[str, Any], message: str) -> None:
@@ -496,6 +500,13 @@ def test_errors_name_the_argument() -> None:
         (lambda: module(x, 2), "task: expected 0 to 1, got 2"),
         (lambda: module(x, task_feature=tokens(3)), "task_feature: expected None, the module has task_dim 0"),
         (lambda: module(x[:, 1:]), r"x: expected \[\.\.\., 12\], got \(5, 11\)"),
+        *(
+            (
+                lambda kernels=kernels: MoE(C, H, 4, None, kind="expert_choice", group_size=3, kernels=kernels)(x),
+                "group_size: expected a divisor of the 5 tokens, got 3",
+            )
+            for kernels in (True, False)
+        ),
         (lambda: module(x, residual=x[1:]), "residual: expected the output's shape"),
         (lambda: conditioned(x), r"task_feature: expected a tensor \[\.\.\., 3\], got NoneType"),
         (

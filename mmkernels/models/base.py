@@ -55,11 +55,15 @@ class Model(KernelSwitch):
         self.kernels = kernels
 
     def own_names(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Published weights by the names of this class; its own names stay."""
+        """Published weights by the names of this class; its own names, and those that it has no place for, stay.
+
+        Raises:
+            ValueError: a slice of one of this class's stacked tensors is missing.
+        """
         named: dict[str, Tensor] = {}
-        slices: dict[str, dict[int, Tensor]] = {}
-        for name, value in state_dict.items():
-            index = None
+        slices: dict[str, dict[int, tuple[str, Tensor]]] = {}
+        for given, value in state_dict.items():
+            name, index = given, None
             for rule in self.published:
                 match = re.fullmatch(rule.pattern, name)
                 if match is None:
@@ -71,12 +75,16 @@ class Model(KernelSwitch):
             if index is None:
                 named[name] = value
             else:
-                slices.setdefault(name, {})[index] = value
+                slices.setdefault(name, {})[index] = given, value
+        own = self.state_dict().keys()
         for name, of_name in slices.items():
+            if name not in own:  # of something else in the file, which may have other modalities
+                named |= dict(of_name.values())
+                continue
             missing = set(range(len(of_name))) - of_name.keys()
             if missing:
                 raise ValueError(f"state_dict: expected number {min(missing)} of what becomes {name} in it too")
-            named[name] = torch.stack([of_name[index] for index in range(len(of_name))])
+            named[name] = torch.stack([of_name[index][1] for index in range(len(of_name))])
         return named
 
     def load_pretrained(self, state_dict: Mapping[str, Tensor]) -> list[str]:
@@ -102,6 +110,8 @@ class Model(KernelSwitch):
 def angles_of(x: Tensor, positions: Tensor | None, channels: int, base: float) -> Angles:
     """What turns queries and keys of x [B, L, C]: positions [L] or [B, L], 0 to L - 1 where None."""
     positions = torch.arange(x.size(1), device=x.device) if positions is None else positions
+    if not isinstance(positions, Tensor):
+        raise TypeError(f"positions: expected a tensor [L] or [B, L], got {type(positions).__name__}")
     if positions.shape not in (x.shape[1:2], x.shape[:2]):
         raise ValueError(f"positions: expected {tuple(x.shape[1:2])} or {tuple(x.shape[:2])}, got {tuple(positions.shape)}")
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -122,11 +132,32 @@ def check_ids(ids: Any, name: str, vocab_size: int) -> None:
             raise ValueError(f"{name}: expected 0 to {vocab_size - 1}, got {low if low < 0 else high}")
 
 
+def check_floats(x: Any, name: str, shape: str) -> None:
+    """A floating-point tensor; `shape` is for the message."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError(f"{name}: expected floats {shape}, got {x.dtype if isinstance(x, Tensor) else type(x).__name__}")
+
+
 def check_tokens(x: Any, name: str, dim: int) -> None:
     """[B, N, dim], floating point."""
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise TypeError(
-            f"{name}: expected floats [B, N, {dim}], got {x.dtype if isinstance(x, Tensor) else type(x).__name__}"
-        )
+    check_floats(x, name, f"[B, N, {dim}]")
     if x.dim() != 3 or x.size(2) != dim:
         raise ValueError(f"{name}: expected [B, N, {dim}], got {tuple(x.shape)}")
+
+
+def check_visible(visible: Any, name: str, shape: tuple[int, ...]) -> None:
+    """bool of that shape."""
+    if not isinstance(visible, Tensor) or visible.dtype != torch.bool or visible.shape != shape:
+        got = f"{visible.dtype} {tuple(visible.shape)}" if isinstance(visible, Tensor) else type(visible).__name__
+        raise ValueError(f"{name}: expected bool {tuple(shape)}, got {got}")
+
+
+def check_segment_ids(segment_ids: Any, shape: tuple[int, ...]) -> None:
+    """None, or int64 or int32 of that shape [B, L], or [1, L]."""
+    if segment_ids is None:
+        return
+    if not isinstance(segment_ids, Tensor) or segment_ids.dtype not in (torch.int64, torch.int32):
+        got = segment_ids.dtype if isinstance(segment_ids, Tensor) else type(segment_ids).__name__
+        raise TypeError(f"segment_ids: expected torch.int64 or torch.int32 {tuple(shape)}, got {got}")
+    if tuple(segment_ids.shape) not in (tuple(shape), (1, *shape[1:])):
+        raise ValueError(f"segment_ids: expected {tuple(shape)}, got {tuple(segment_ids.shape)}")

@@ -1,13 +1,15 @@
 """ONE-PEACE: an encoder whose attention all modalities share and whose feed-forward layers are each one's own.
 
 Source: "ONE-PEACE: Exploring One General Representation Model Toward Unlimited Modalities" (2023). Headline: 4B parameters
-with the stems of all modalities, C = 1536, 40 layers, 24 heads, 6144 hidden channels. Names of modules are those of the
-published code, but for the feed-forward layers, which are stacked, and the last norms; `load_pretrained` takes the
-published ones, of its `encoder_wrapper`.
+with the stems of all modalities, C = 1536, 40 layers, 24 heads, 6144 hidden channels, 1.5B of them for images alone. Names
+of modules are those of the published code, but for the feed-forward layers, which are stacked, and the last norms;
+`load_pretrained` takes the published ones, of its `encoder_wrapper`, and gives back those of what is not here: buffers, the
+adapter of audio, the projections and the decoder of pretraining.
 
 Here are the layer, the encoder over embedded tokens, and the model with the adapters of text (embeddings) and images (three
 convolutions). Audio comes in embedded: its adapter is a stack of convolutions over a wave, which no op of this package has
-a part in.
+a part in. That adapter has a table of distances too (512 buckets) and knows which tokens are padding; what they make goes
+to :class:`OnePeaceEncoder` as `biases` and `visible`, and :class:`OnePeace` does without.
 
 Where paper and code differ:
 
@@ -15,10 +17,12 @@ Where paper and code differ:
   the released configurations; the defaults of the code's own dataclass put it behind (`post_norm`) and scale heads
   (`head_scale`).
 - Positions are added to scores: a table of distances of words and one of patches, the same for all layers (one for each
-  layer when fine-tuned: not here). Between modalities nothing is added.
+  layer when fine-tuned: not here). Between modalities nothing is added. The tables begin as 0.
 - The code hides padded words only where it adds such tables; here always.
 - The code's wrapper takes text, image and audio together, its encoder does not; here any modalities can be together.
-- The released LayerScale begins at 1e-6, the dataclass's at 1e-2.
+- The released LayerScale begins at 1e-6, the dataclass's at 1e-2. The code drops branches in training (with 0.4 in the last
+  layer): not here.
+- The code fits images of other sizes by interpolation of their positions: not here.
 """
 
 from __future__ import annotations
@@ -33,7 +37,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmkernels.models.base import Model, Rule, check_ids, check_tokens
+from mmkernels.models.base import Model, Rule, check_floats, check_ids, check_tokens, check_visible
 from mmkernels.nn import LayerNorm, Linear, ModalityMlp
 from mmkernels.nn.attention import plain_attention
 from mmkernels.nn.tensor_classes import op_takes
@@ -198,6 +202,8 @@ class OnePeaceEncoder(_Numbered):
         TypeError, ValueError: an argument of another type or out of range.
     """
 
+    published: ClassVar[Sequence[Rule]] = (Rule(r"(?:encoder_wrapper\.)?fusion_model\.(.*)", r"\1"), *_RULES)
+
     def __init__(
         self,
         dim: int = 1536,
@@ -278,24 +284,28 @@ class OnePeaceEncoder(_Numbered):
             known = self.modalities if argument == "tokens" else tuple(tokens)
             if not set(given) <= set(known):
                 raise ValueError(f"{argument}: expected modalities of {', '.join(known)}, got {', '.join(map(str, given))}")
-        batch = next(iter(tokens.values())).size(0)
         for name, value in tokens.items():
             check_tokens(value, f"tokens[{name!r}]", self.dim)
+        batch = next(iter(tokens.values())).size(0)
+        for name, value in tokens.items():
             if value.size(0) != batch:
                 raise ValueError(f"tokens[{name!r}]: expected a batch of {batch}, got {value.size(0)}")
             size = value.size(1)
-            bias, seen = biases.get(name), visible.get(name)
-            if bias is not None and (bias.size(0) not in (1, batch) or bias.shape[1:] != (self.num_heads, size, size)):
-                expected = f"[1 or {batch}, {self.num_heads}, {size}, {size}]"
-                raise ValueError(f"biases[{name!r}]: expected {expected}, got {tuple(bias.shape)}")
-            if seen is not None and (seen.shape != (batch, size) or seen.dtype != torch.bool):
-                got = f"{seen.dtype} {tuple(seen.shape)}"
-                raise ValueError(f"visible[{name!r}]: expected bool {(batch, size)}, got {got}")
+            if name in biases:
+                bias, expected = biases[name], f"[1 or {batch}, {self.num_heads}, {size}, {size}]"
+                check_floats(bias, f"biases[{name!r}]", expected)
+                if bias.dim() != 4 or bias.size(0) not in (1, batch) or bias.shape[1:] != (self.num_heads, size, size):
+                    raise ValueError(f"biases[{name!r}]: expected {expected}, got {tuple(bias.shape)}")
+            if name in visible:
+                check_visible(visible[name], f"visible[{name!r}]", (batch, size))
         return {name: value.size(1) for name, value in tokens.items()}
 
 
 # --- adapters -----------------------------------------------------------------------------------------------------------
-def text_buckets(buckets: int, length: int, max_length: int = 1024) -> Tensor:
+_POSITIONS = 1024  # of the class token and words, over which distances are spread
+
+
+def text_buckets(buckets: int, length: int, max_length: int = _POSITIONS) -> Tensor:
     """[length, length] int64: which row of a table each distance of two words is; near ones have a row each, far ones share.
 
     The first word is the class token: row 2 `buckets` - 1 from it, the next row to it, the one after that from it to itself.
@@ -325,6 +335,10 @@ class TextAdapter(nn.Module):
     """ids [B, L] -> (tokens [B, 1 + L, C], bias [1, H, 1 + L, 1 + L]), a class token first."""
 
     def __init__(self, dim: int, num_heads: int, *, vocab_size: int, max_length: int = 512, buckets: int = 256) -> None:
+        check_int(max_length, "max_length", 1)
+        if max_length >= _POSITIONS:
+            raise ValueError(f"max_length: expected at most {_POSITIONS - 1}, got {max_length}")
+        check_int(buckets, "text_buckets", 2)
         super().__init__()
         self.max_length, self.buckets = max_length, buckets
         self.embed_tokens = nn.Embedding(vocab_size, dim)
@@ -381,7 +395,7 @@ class OnePeace(_Numbered):
     Args:
         dim: C, a multiple of 4. num_heads: H. hidden: of the feed-forward layers. depth: layers.
         modalities: which ones have weights.
-        vocab_size, max_length, text_buckets: of text; padding is id 1.
+        vocab_size, max_length, text_buckets: of text, at most 1023 words; padding is id 1.
         image_size: S in pixels, a multiple of 16.
         eps, and further options: as in :class:`OnePeaceLayer`.
         kernels: True runs the package's ops, False plain torch. May be set at any time.
@@ -401,7 +415,7 @@ class OnePeace(_Numbered):
         modalities: Sequence[str] = MODALITIES,
         *,
         depth: int = 40,
-        vocab_size: int = 50265,
+        vocab_size: int = 50264,
         max_length: int = 512,
         text_buckets: int = 256,
         image_size: int = 256,
@@ -411,6 +425,7 @@ class OnePeace(_Numbered):
         **options: Any,
     ) -> None:
         super().__init__()
+        check_int(image_size, "image_size", 0)
         if image_size < 16 or image_size % 16 != 0:
             raise ValueError(f"image_size: expected a multiple of 16, got {image_size}")
         self.image_size, self.vocab_size, self.max_length = image_size, vocab_size, max_length
@@ -423,6 +438,9 @@ class OnePeace(_Numbered):
         if "image" in modalities:
             self.image_adapter = ImageAdapter(dim, num_heads, edge=image_size // 16, eps=eps)
         self.finish(kernels=kernels, seed=seed)
+        for adapter in self.children():
+            if isinstance(adapter, (TextAdapter, ImageAdapter)):
+                nn.init.zeros_(adapter.rel_pos_table_list[0].weight)
 
     def forward(
         self, text: Tensor | None = None, image: Tensor | None = None, audio: Tensor | None = None
@@ -450,6 +468,7 @@ class OnePeace(_Numbered):
             visible["text"] = F.pad(text != _PADDING, (1, 0), value=True)
         if image is not None:
             expected = (3, self.image_size, self.image_size)
+            check_floats(image, "image", f"[B, {', '.join(map(str, expected))}]")
             if image.dim() != 4 or tuple(image.shape[1:]) != expected:
                 raise ValueError(f"image: expected [B, {', '.join(map(str, expected))}], got {tuple(image.shape)}")
             given["image"], biases["image"] = self.image_adapter(image)

@@ -10,22 +10,33 @@ Sizes and the norms behind each branch are BERT's base. Names and number of skil
 modality.
 
 The active skills are the same for all samples of a batch and for all layers, so they cost one wider layer; the others
-compute nothing, and have no gradients.
+compute nothing, and their gradients are 0 (weights are stacked, so an optimizer with weight decay or momentum still moves
+them). Whoever calls the model names all active skills, the general one too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from mmkernels.models.base import Model, check_ids, check_tokens
+from mmkernels.models.base import Model, check_ids, check_tokens, check_visible
 from mmkernels.nn import LayerNorm, SelfAttention, SkillMlp
 
 SKILLS = ("general", "text", "image", "sound", "video", "code")
+
+
+def _different(skills: Any) -> bool:
+    """Whether these are names, at least one, each once."""
+    return (
+        isinstance(skills, (Sequence, Set))
+        and not isinstance(skills, str)
+        and all(isinstance(skill, str) for skill in skills)
+        and 0 < len(set(skills)) == len(skills)
+    )
 
 
 class SkillNetBlock(Model):
@@ -95,8 +106,8 @@ class SkillNet(Model):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if not skills or len(set(skills)) < len(skills):
-            raise ValueError(f"skills: expected different names, got {list(skills)}")
+        if not _different(skills):
+            raise ValueError(f"skills: expected different names, got {skills!r}")
         self.dim, self.skills, self.vocab_size, self.max_length = dim, tuple(skills), vocab_size, max_length
         self.embed_tokens = nn.Embedding(vocab_size, dim)
         self.pos_embed = nn.Parameter(torch.empty(max_length, dim))
@@ -128,9 +139,7 @@ class SkillNet(Model):
             raise ValueError(f"tokens: expected at most {self.max_length}, got {x.size(1)}")
         mask = None
         if visible is not None:
-            if visible.dtype != torch.bool or visible.shape != x.shape[:2]:
-                got = f"{visible.dtype} {tuple(visible.shape)}"
-                raise ValueError(f"visible: expected bool {tuple(x.shape[:2])}, got {got}")
+            check_visible(visible, "visible", x.shape[:2])
             mask = visible[:, None, None, :]
         x = self.norm(x + self.pos_embed[: x.size(1)])
         for block in self.blocks:
@@ -138,7 +147,7 @@ class SkillNet(Model):
         return x
 
     def _numbers(self, skills: Any) -> list[int]:
-        if isinstance(skills, str) or not skills or len(set(skills)) < len(skills) or not set(skills) <= set(self.skills):
+        if not _different(skills) or not set(skills) <= set(self.skills):
             raise ValueError(f"skills: expected different ones of {', '.join(self.skills)}, got {skills!r}")
         return [self.skills.index(skill) for skill in skills]
 

@@ -9,13 +9,18 @@ Where paper and code differ:
 
 - The paper has one way to route. The code has two: with 4 experts the softmax over a token's 2 logits, without any loss;
   with 8 GShard's, softmax over all and the two made to sum to 1, which is the same, with a load balance loss of the first
-  choices: ``routing.losses.load_balance_first``.
-- With 8 experts the code draws the second expert by Gumbel noise, in evaluation too: `published_sampling`. Without it the
-  second expert is the second best.
+  choices: ``routing.losses.load_balance_first``. Logits are float32 here; the code for 4 experts has them in the dtype of
+  the tokens.
+- With 8 experts the code that trains, DeepSpeed's, draws the second expert by Gumbel noise, and goes on to in evaluation:
+  `published_sampling`. The code that loads what was trained does not, as here without it: the second expert is the second
+  best.
 - The low-rank additions of attention are PEFT's, of any linear layer, and not here; those of the experts are `lora_rank`.
+  DeepSpeed's code has them in the dense layers too: those are to be merged into the weights before they are loaded.
+- Not here: the convolution of each modality before the router, which one of the code's layers has (`MOEFmLayer`), and the
+  experts of Uni-MoE 2 (a number that each token chooses, null experts, shared ones).
 
 Names of modules are those of transformers' LLaMA; experts and routers are stacked. :meth:`UniMoE.load_pretrained` takes the
-published ones.
+published ones, DeepSpeed's too.
 """
 
 from __future__ import annotations
@@ -27,7 +32,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mmkernels.models.base import Model, Rule, angles_of, check_ids, check_tokens
+from mmkernels.models.base import Model, Rule, angles_of, check_ids, check_segment_ids, check_tokens
 from mmkernels.nn import GluMlp, Linear, MoE, RMSNorm, RotaryAttention
 from mmkernels.nn.rotary_attention import Angles
 from mmkernels.reference.routing import Routing
@@ -37,6 +42,8 @@ _DENSE = {"gate": "fc1_g", "up": "fc1_x", "down": "fc2"}
 
 _RULES = (
     Rule(r"model\.(.*)", r"\1"),
+    Rule(r"(.*mlp)\.deepspeed_moe\.gate\.wg\.(.*)", r"\1.gate.\2"),
+    Rule(r"(.*mlp)\.deepspeed_moe\.experts\.deepspeed_experts\.(.*)", r"\1.experts.\2"),
     Rule(r"(.*mlp)\.gate\.weight", r"\1.router", lambda weight: weight[None]),
     *(
         rule
@@ -216,6 +223,7 @@ class UniMoE(Model):
         else:
             check_ids(tokens, "tokens", self.vocab_size)
             x = self.embed_tokens(tokens)
+        check_segment_ids(segment_ids, x.shape[:2])
         angles = angles_of(x, positions, self.head_dim, self.rope_base)
         routings = []
         for layer in self.layers:

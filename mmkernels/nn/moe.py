@@ -139,6 +139,7 @@ class MoE(Packing, KernelSwitch):
         if num_tasks > 1 and task_dim:
             raise ValueError(f"task_dim: expected 0 beside num_tasks {num_tasks}, got {task_dim}")
         _check_routing(kind, top_k, num_experts, top_p, noise_std)
+        _check_capacity(kind, capacity_factor, group_size)
         if schedule not in SCHEDULES:
             raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {schedule!r}")
         streams = schedule == "streaming"
@@ -265,6 +266,9 @@ class MoE(Packing, KernelSwitch):
         if not isinstance(x, Tensor) or x.dim() < 1 or x.shape[-1] != self.dim:
             raise ValueError(f"x: expected [..., {self.dim}], got {tuple(x.shape) if isinstance(x, Tensor) else type(x)}")
         self._check_feature(x, task_feature)
+        group_size = self.route_options["group_size"]
+        if group_size is not None and (tokens := x.numel() // self.dim) % group_size != 0:
+            raise ValueError(f"group_size: expected a divisor of the {tokens} tokens, got {group_size}")
         logits = self.router_logits(x, task, task_feature)
         options, kind = dict(self.route_options), self.kind
         if self.training and self.noise_std is not None and self.noise_std != 0:
@@ -359,6 +363,17 @@ class MoE(Packing, KernelSwitch):
             f"top_k={self.top_k}, kind={self.kind!r}, gated={self.gated}, activation={self.activation}, "
             f"schedule={self.schedule!r}, packed_dtype={self.packed_dtype}, {super().extra_repr()}"
         )
+
+
+def _check_capacity(kind: Any, capacity_factor: Any, group_size: Any) -> None:
+    if capacity_factor is not None:
+        check_float(capacity_factor, "capacity_factor")
+        if not 0 <= capacity_factor < math.inf:
+            raise ValueError(f"capacity_factor: expected a number of at least 0, got {capacity_factor}")
+    if group_size is not None:
+        check_int(group_size, "group_size", 1)
+        if kind != "expert_choice":
+            raise ValueError(f"group_size: expected None with kind {kind!r}; it is for expert_choice")
 
 
 def _check_routing(kind: Any, top_k: Any, num_experts: int, top_p: Any, noise_std: Any) -> None:
