@@ -21,6 +21,8 @@ constexpr std::int64_t shared_b_bytes = std::int64_t{16} << 20;
 constexpr std::int64_t block_rows = 112, block_cols = 128;
 // Deeper products are done in pieces, which add to accumulators that are there for all of C.
 constexpr std::int64_t piece_depth = 8192;
+// Rows of A as short as this are multiplied where they lie.
+constexpr std::int64_t in_place_bytes = 512;
 // With so many blocks of rows for every thread, each keeps to its own.
 constexpr std::int64_t owned_blocks = 3;
 // Blocks that a thread gets at least, where columns are there to be cut: the last one finished is waited for.
@@ -54,6 +56,7 @@ class Product {
         writes_sums_(how_.rows_exact && bytes_of(call.number) == static_cast<std::size_t>(how_.accumulator_bytes) && !call.gated &&
                      call.out_panels == nullptr && call.bias == nullptr && call.activation == Activation::none &&
                      call.residual == nullptr && call.pre == nullptr && call.row_weights == nullptr && call.out_rows == nullptr),
+        a_row_bytes_(reads_rows() ? call.a.stride * how_.a_bytes : 0),
         row_scales_(how_.rescale == nullptr ? nullptr : scratch_of<float>(ScratchUse::gemm_scales, call.rows)) {}
 
   void run() {
@@ -76,6 +79,15 @@ class Product {
   }
 
  private:
+  // Few depths are read where they are: packing them would take as long as multiplying them. Rows further apart than a panel
+  // of them covers would share lines of the first-level cache.
+  bool reads_rows() const {
+    const bool same = static_cast<std::int64_t>(bytes_of(call_.a.number)) == how_.a_bytes;
+    return how_.reads_rows && same && call_.a_panels == nullptr && call_.a_rows == nullptr && call_.a.depth_stride == 1 &&
+           call_.depth % how_.depth_step == 0 && call_.depth * how_.a_bytes <= in_place_bytes && call_.a.stride > 0 &&
+           call_.a.stride * how_.a_bytes <= 2 * in_place_bytes;
+  }
+
   std::int64_t padded_rows() const { return row_panels_ * how_.panel_rows; }
 
   // One piece of the depth.
@@ -149,8 +161,12 @@ class Product {
     std::int64_t bytes, first_panel;
   };
 
-  // In panels from the start, or in room of the calling thread's that pack_rows fills.
+  // In panels from the start, in place, or in room of the calling thread's that pack_rows fills.
   Rows rows_from(std::int64_t first, std::int64_t count) const {
+    if (a_row_bytes_ != 0) {
+      const char* a = static_cast<const char*>(call_.a.data) + first * how_.panel_rows * a_row_bytes_;
+      return {a, how_.panel_rows * a_row_bytes_, first};
+    }
     if (call_.a_panels != nullptr) {
       const std::int64_t bytes = how_.a_panel_bytes(call_.depth), offset = depth_begin_ * how_.panel_rows * how_.a_bytes;
       return {static_cast<const char*>(call_.a_panels) + first * bytes + offset, bytes, first};
@@ -161,7 +177,7 @@ class Product {
 
   // Packs panels [begin, end) of those that `rows` has room for.
   void pack_rows(const Rows& rows, std::int64_t begin, std::int64_t end) const {
-    if (call_.a_panels != nullptr) return;
+    if (call_.a_panels != nullptr || a_row_bytes_ != 0) return;
     const GemmOperand& source = call_.a;
     const auto pack = how_.pack_a[static_cast<int>(source.number)];
     // Gathered rows are copied a panel at a time, which the packing then finds in a core's own cache.
@@ -242,7 +258,7 @@ class Product {
     if (all_ == nullptr && writes_sums_ && cols == width * how_.panel_cols) {
       const std::int64_t size = how_.accumulator_bytes;
       char* out = static_cast<char*>(call_.out) + (row * call_.out_stride + col) * size;
-      multiply(a, rows_of_a.bytes, b.up + b_offset, b.bytes, rows, cols, out, call_.out_stride);
+      multiply(a, rows_of_a.bytes, b.up + b_offset, b.bytes, rows, cols, cols, out, call_.out_stride);
       return;
     }
     if (all_ != nullptr) {
@@ -255,8 +271,9 @@ class Product {
       up = scratch_of<char>(ScratchUse::gemm_block, bytes * (call_.gated ? 2 : 1));
       gate = call_.gated ? up + bytes : nullptr;
     }
-    multiply(a, rows_of_a.bytes, b.up + b_offset, b.bytes, rows, width * how_.panel_cols, up, stride);
-    if (gate != nullptr) multiply(a, rows_of_a.bytes, b.gate + b_offset, b.bytes, rows, width * how_.panel_cols, gate, stride);
+    multiply(a, rows_of_a.bytes, b.up + b_offset, b.bytes, rows, width * how_.panel_cols, cols, up, stride);
+    if (gate != nullptr)
+      multiply(a, rows_of_a.bytes, b.gate + b_offset, b.bytes, rows, width * how_.panel_cols, cols, gate, stride);
     if (depth_begin_ + depth_ < call_.depth) return;
     if (how_.rescale != nullptr) {
       how_.rescale(up, stride, rows, cols, row_scales_ + row, call_.up.scales + col);
@@ -266,12 +283,12 @@ class Product {
   }
 
   void multiply(const char* a, std::int64_t a_bytes, const char* b, std::int64_t b_bytes, std::int64_t rows,
-                std::int64_t cols, char* c, std::int64_t stride) const {
+                std::int64_t cols, std::int64_t used_cols, char* c, std::int64_t stride) const {
     std::int64_t k = 0;
     do {  // once at least: a product of no depth is zero
       const std::int64_t depth = std::min(how_.depth_block, depth_ - k);
-      how_.multiply({a + k * how_.panel_rows * how_.a_bytes, a_bytes, b + k * how_.panel_cols * how_.b_bytes, b_bytes, rows,
-                     cols, depth, c, stride, depth_begin_ + k > 0});
+      how_.multiply({a + k * how_.panel_rows * how_.a_bytes, a_bytes, a_row_bytes_, b + k * how_.panel_cols * how_.b_bytes, b_bytes, rows,
+                     cols, depth, used_cols, c, stride, depth_begin_ + k > 0});
       k += depth;
     } while (k < depth_);
   }
@@ -310,6 +327,7 @@ class Product {
   const GemmArithmetic& how_;
   const std::int64_t row_panels_, col_panels_;
   const bool writes_sums_;
+  const std::int64_t a_row_bytes_;  // 0: A is packed
   float* const row_scales_;
   char* all_ = nullptr;  // accumulators of all of C, where the depth is done in pieces
   std::int64_t all_stride_ = 0;

@@ -44,9 +44,11 @@ struct GemmPack {
 struct GemmBlock {
   const void* a;
   int64_t a_panel_bytes;
+  int64_t a_row_bytes;  // 0: panels; else A lies as in memory, its rows so far apart and each one's depths side by side
   const void* b;
   int64_t b_panel_bytes;
   int64_t rows, cols, depth;
+  int64_t used_cols;  // the others are padding, whose accumulators need not be written
   void* c;
   int64_t c_stride;
   bool accumulate;  // add to what is there
@@ -63,6 +65,7 @@ struct GemmArithmetic {
   int64_t a_slack;        // bytes after a panel of A that packing writes over
   int64_t accumulator_bytes;
   bool rows_exact;        // the kernel writes no accumulators of rows beyond the block's
+  bool reads_rows;        // the kernel takes rows of A as they lie in memory, of elements as in the panels and of whole steps
   Pack pack_a[float_numbers], pack_b[float_numbers];  // by the source's type; null: not this way
   void (*multiply)(const GemmBlock&);
   // Where accumulators are integers: makes floats of them, in place.

@@ -113,34 +113,32 @@ void pack_b(const GemmPack& call) {
 }
 
 // --- the kernel ---------------------------------------------------------------------------------------------------------
-// One panel of A times one of B: rows x 2 vectors of accumulators in registers.
-template <int rows, class A>
-inline void multiply_panels(const A* a, const A* b, int64_t depth, A* c, int64_t c_stride, bool accumulate) {
+// One panel of A times one of B: rows x 2 vectors of accumulators in registers, or x 1 where the second has no columns.
+// `Elements` says where those of A are.
+template <int rows, int vectors, class A, class Elements>
+inline void multiply_panels(Elements a, const A* b, int64_t depth, A* c, int64_t c_stride, bool accumulate) {
   using V = Vec<A>;
   using Register = typename V::Register;
-  Register sums[rows][2];
+  Register sums[rows][vectors];
 #pragma GCC unroll 16
-  for (int i = 0; i < rows; ++i) sums[i][0] = sums[i][1] = V::zero();
+  for (int i = 0; i < rows; ++i)
+    for (int j = 0; j < vectors; ++j) sums[i][j] = V::zero();
   for (int64_t k = 0; k < depth; ++k) {
-    const Register left = V::load(b), right = V::load(b + V::width);
+    Register of_b[vectors];
+    for (int j = 0; j < vectors; ++j) of_b[j] = V::load(b + j * V::width);
 #pragma GCC unroll 16
     for (int i = 0; i < rows; ++i) {
-      const Register element = V::set(a[i]);
-      sums[i][0] = V::fma(element, left, sums[i][0]);
-      sums[i][1] = V::fma(element, right, sums[i][1]);
+      const Register element = V::set(*a.at(i));
+      for (int j = 0; j < vectors; ++j) sums[i][j] = V::fma(element, of_b[j], sums[i][j]);
     }
-    a += panel_rows;
+    a.next();
     b += panel_cols<A>;
   }
 #pragma GCC unroll 16
   for (int i = 0; i < rows; ++i) {
     A* to = c + i * c_stride;
-    if (accumulate) {
-      sums[i][0] = V::load(to) + sums[i][0];
-      sums[i][1] = V::load(to + V::width) + sums[i][1];
-    }
-    V::store(to, sums[i][0]);
-    V::store(to + V::width, sums[i][1]);
+    for (int j = 0; j < vectors; ++j)
+      V::store(to + j * V::width, accumulate ? V::load(to + j * V::width) + sums[i][j] : sums[i][j]);
   }
 }
 
@@ -149,9 +147,11 @@ void multiply(const GemmBlock& call) {
   for_each_panel_pair(
       call, panel_cols<A>, panel_cols<A> * static_cast<int64_t>(sizeof(A)), [](const char* panel) { return reinterpret_cast<const A*>(panel); },
       [&](const char* a, const A* b, int64_t row, int64_t col, int64_t count) {
-        with_rows<panel_rows>(count, [&]<int rows>() {
-          multiply_panels<rows, A>(reinterpret_cast<const A*>(a), b, call.depth, static_cast<A*>(call.c) + row * call.c_stride + col,
-                                   call.c_stride, call.accumulate);
+        with_elements_of_a<A, 1>(call, a, [&](auto elements) {
+          with_tile<A>(count, call.used_cols - col, [&]<int rows, int vectors>() {
+            multiply_panels<rows, vectors, A>(elements, b, call.depth, static_cast<A*>(call.c) + row * call.c_stride + col,
+                                              call.c_stride, call.accumulate);
+          });
         });
       });
 }
@@ -170,9 +170,10 @@ void multiply_half(const GemmBlock& call) {
         return static_cast<const float*>(panel);
       },
       [&](const char* a, const float* b, int64_t row, int64_t col, int64_t count) {
-        with_rows<panel_rows>(count, [&]<int rows>() {
-          multiply_panels<rows, float>(reinterpret_cast<const float*>(a), b, call.depth,
-                                       static_cast<float*>(call.c) + row * call.c_stride + col, call.c_stride, call.accumulate);
+        with_tile<float>(count, call.used_cols - col, [&]<int rows, int vectors>() {
+          multiply_panels<rows, vectors, float>(InPanel<float, 1>{reinterpret_cast<const float*>(a)}, b, call.depth,
+                                                static_cast<float*>(call.c) + row * call.c_stride + col, call.c_stride,
+                                                call.accumulate);
         });
       });
 }
@@ -347,6 +348,7 @@ constexpr GemmArithmetic arithmetic_of(int64_t b_bytes, void (*multiply)(const G
           (Vec<A>::width - panel_rows % Vec<A>::width) % Vec<A>::width * static_cast<int64_t>(sizeof(A)),
           sizeof(A),
           true,
+          b_bytes == sizeof(A),
           {},
           {},
           multiply,
@@ -369,6 +371,7 @@ constexpr GemmArithmetic half_weights() {
   GemmArithmetic result = floats();
   result.b_bytes = sizeof(T);
   result.multiply = multiply_half<T>;
+  result.reads_rows = false;
   for (auto& pack : result.pack_b) pack = nullptr;
   return result;
 }

@@ -110,7 +110,7 @@ void pack_b_int8(const GemmPack& call) {
 template <class Product>
 constexpr GemmArithmetic arithmetic_of(int64_t bytes) {
   // Deep blocks: accumulators leave their tiles once a block, which takes as long as two steps of the depth.
-  return {panel_size, panel_size, 1024, Product::depth, bytes, bytes, 0, 4, false, {}, {}, multiply<Product>, nullptr};
+  return {panel_size, panel_size, 1024, Product::depth, bytes, bytes, 0, 4, false, false, {}, {}, multiply<Product>, nullptr};
 }
 
 constexpr GemmArithmetic bfloat16_tiles() {

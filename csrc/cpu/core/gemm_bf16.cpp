@@ -10,34 +10,30 @@ using V = Vec<float>;
 inline constexpr int cols = panel_cols<float>;
 inline constexpr int64_t pair_bytes = 2 * sizeof(bfloat16);
 
-template <int rows>
-inline void multiply_panels(const char* a, const char* b, int64_t pairs, float* c, int64_t c_stride, bool accumulate) {
-  V::Register sums[rows][2];
+template <int rows, int vectors, class Elements>
+inline void multiply_panels(Elements a, const char* b, int64_t pairs, float* c, int64_t c_stride, bool accumulate) {
+  V::Register sums[rows][vectors];
 #pragma GCC unroll 16
-  for (int i = 0; i < rows; ++i) sums[i][0] = sums[i][1] = V::zero();
+  for (int i = 0; i < rows; ++i)
+    for (int j = 0; j < vectors; ++j) sums[i][j] = V::zero();
   for (int64_t k = 0; k < pairs; ++k) {
-    const __m512bh left = reinterpret_cast<__m512bh>(_mm512_loadu_si512(b));
-    const __m512bh right = reinterpret_cast<__m512bh>(_mm512_loadu_si512(b + V::width * pair_bytes));
+    __m512bh of_b[vectors];
+    for (int j = 0; j < vectors; ++j) of_b[j] = reinterpret_cast<__m512bh>(_mm512_loadu_si512(b + j * V::width * pair_bytes));
 #pragma GCC unroll 16
     for (int i = 0; i < rows; ++i) {
       int32_t pair;
-      memcpy(&pair, a + i * pair_bytes, sizeof pair);
+      memcpy(&pair, a.at(i), sizeof pair);
       const __m512bh element = reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair));
-      sums[i][0] = _mm512_dpbf16_ps(sums[i][0], element, left);
-      sums[i][1] = _mm512_dpbf16_ps(sums[i][1], element, right);
+      for (int j = 0; j < vectors; ++j) sums[i][j] = _mm512_dpbf16_ps(sums[i][j], element, of_b[j]);
     }
-    a += panel_rows * pair_bytes;
+    a.next();
     b += cols * pair_bytes;
   }
 #pragma GCC unroll 16
   for (int i = 0; i < rows; ++i) {
     float* to = c + i * c_stride;
-    if (accumulate) {
-      sums[i][0] = V::load(to) + sums[i][0];
-      sums[i][1] = V::load(to + V::width) + sums[i][1];
-    }
-    V::store(to, sums[i][0]);
-    V::store(to + V::width, sums[i][1]);
+    for (int j = 0; j < vectors; ++j)
+      V::store(to + j * V::width, accumulate ? V::load(to + j * V::width) + sums[i][j] : sums[i][j]);
   }
 }
 
@@ -45,9 +41,12 @@ void multiply(const GemmBlock& call) {
   for_each_panel_pair(
       call, cols, cols * static_cast<int64_t>(sizeof(bfloat16)), [](const char* panel) { return panel; },
       [&](const char* a, const char* b, int64_t row, int64_t col, int64_t count) {
-        with_rows<panel_rows>(count, [&]<int rows>() {
-          multiply_panels<rows>(a, b, ceil_div(call.depth, 2), static_cast<float*>(call.c) + row * call.c_stride + col, call.c_stride,
-                                call.accumulate);
+        with_elements_of_a<bfloat16, 2>(call, a, [&](auto elements) {
+          with_tile<float>(count, call.used_cols - col, [&]<int rows, int vectors>() {
+            multiply_panels<rows, vectors>(elements, b, ceil_div(call.depth, 2),
+                                           static_cast<float*>(call.c) + row * call.c_stride + col, call.c_stride,
+                                           call.accumulate);
+          });
         });
       });
 }
@@ -105,7 +104,7 @@ void pack(const GemmPack& call) {
 
 constexpr GemmArithmetic pairs() {
   GemmArithmetic result{panel_rows,        cols, 2 * depth_block, 2,    sizeof(bfloat16), sizeof(bfloat16), 0,
-                        sizeof(float), true, {},              {},   multiply,         nullptr};
+                        sizeof(float), true, true,            {},   {},               multiply, nullptr};
   result.pack_a[1] = pack<panel_rows>;
   result.pack_b[1] = pack<cols>;
   return result;

@@ -35,6 +35,41 @@ inline void with_rows(int64_t count, const F& f) {
   f.template operator()<rows>();
 }
 
+// The same with the number of vectors of columns, at most two.
+template <class A, class F>
+inline void with_tile(int64_t rows, int64_t cols, const F& f) {
+  with_rows<panel_rows>(rows, [&]<int count>() {
+    if (cols > Vec<A>::width) {
+      f.template operator()<count, 2>();
+    } else {
+      f.template operator()<count, 1>();
+    }
+  });
+}
+
+// Where the kernel finds the elements of A: those of a depth side by side in a panel, `step` elements of every row at a time
+// (pairs: 2), or in rows as they lie in memory.
+template <class A, int step>
+struct InPanel {
+  const A* a;
+  const A* at(int row) const { return a + row * step; }
+  void next() { a += panel_rows * step; }
+};
+
+template <class A, int step>
+struct InRows {
+  const A* a;
+  int64_t stride;
+  const A* at(int row) const { return a + row * stride; }
+  void next() { a += step; }
+};
+
+template <class A, int step, class F>
+inline void with_elements_of_a(const GemmBlock& call, const char* a, const F& f) {
+  if (call.a_row_bytes == 0) return f(InPanel<A, step>{reinterpret_cast<const A*>(a)});
+  f(InRows<A, step>{reinterpret_cast<const A*>(a), call.a_row_bytes / static_cast<int64_t>(sizeof(A))});
+}
+
 // Panels of B outermost: one stays in the first-level cache while the panels of A pass by. `widened(panel)` makes the panel
 // ready for the kernel. The next panel of B comes from the last-level cache, or from memory: a share of it is asked for with
 // every panel of A, so that it lies in the second-level cache when its turn comes. `bytes` is one depth of a panel of B.

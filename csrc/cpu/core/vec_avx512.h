@@ -34,6 +34,16 @@ struct Vec<float> {
   // The first `count` lanes, the others zero or left as they are.
   static Register load_first(const float* from, int64_t count) { return _mm512_maskz_loadu_ps(first_lanes(count), from); }
   static void store_first(float* to, Register value, int64_t count) { _mm512_mask_storeu_ps(to, first_lanes(count), value); }
+#if !MMK_EMULATE_AVX512  // whose masked loads of 16-bit lanes read beyond the mask
+  template <class T>
+  static Register load_first(const T* from, int64_t count) {
+    return widened(from, _mm256_maskz_loadu_epi16(first_lanes(count), from));
+  }
+  template <class T>
+  static void store_first(T* to, Register value, int64_t count) {
+    _mm256_mask_storeu_epi16(to, first_lanes(count), narrowed(to, value));
+  }
+#endif
 
   // Stores, and answers what the storage type has made of the value.
   static Register store_rounded(float* to, Register value) {
