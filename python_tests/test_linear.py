@@ -94,6 +94,28 @@ def test_bits_do_not_depend_on_the_batch(dtype: torch.dtype, isa: str) -> None:
     assert_same_bits(mk.linear(x, weight[:33], bias[:33], activation="gelu"), together[:, :33].contiguous(), "columns")
 
 
+@pytest.mark.parametrize("depth", [1, 2, 24, 31, 96, 128])
+@pytest.mark.parametrize("dtype", SINGLE_AND_HALF, ids=str)
+def test_few_depths_give_the_bits_of_packed_rows(dtype: torch.dtype, depth: int, isa: str) -> None:
+    """Rows that lie close together are multiplied where they are, rows far apart are packed; a last panel of a vector's
+    columns or fewer has no second vector. What lies between the rows is not read."""
+    for rows, cols in ((1, 5), (19, 16), (1500, 24), (1500, 48)):
+        x, weight, bias = layer(rows, depth, cols, dtype)
+        apart = torch.full((rows, 1200), torch.nan, dtype=dtype)[:, :depth].copy_(x)
+        near = torch.full((rows, depth + 2), torch.nan, dtype=dtype)[:, :depth].copy_(x)
+        wider = layer(1, depth, 70, dtype)[1]
+        wider[:cols] = weight
+        packed = mk.linear(apart, weight, bias, activation="gelu")
+        for name, close in {"side by side": x, "near": near}.items():
+            assert_same_bits(mk.linear(close, weight, bias, activation="gelu"), packed, name)
+        assert_same_bits(mk.linear(x, wider)[:, :cols].contiguous(), mk.linear(x, weight), "columns of a wider layer")
+        assert_within_rule(
+            packed,
+            *(reference.linear(*(t.to(d) for t in (x, weight, bias)), activation="gelu") for d in (dtype, torch.float64)),
+            "packed",
+        )
+
+
 @pytest.mark.parametrize("dtype", SINGLE_AND_HALF, ids=str)
 def test_bits_do_not_depend_on_the_threads(dtype: torch.dtype, isa: str, threads: None) -> None:
     """Few rows (a task packs the weight's columns), many (the weight is packed once, threads keep to their own rows), packed
