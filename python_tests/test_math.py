@@ -30,6 +30,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "silu": F.silu,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
 }
 SMALLEST_NORMAL = 2.0**-126
 SPECIAL = [math.inf, -math.inf, math.nan, -0.0, 0.0, 1e-45, -1e-45, 1e-40, 100.0, -100.0, 1e20, -1e20, 3.4e38, -3.4e38]

@@ -70,6 +70,16 @@ def test_numbers_hold_and_the_kernels_do_the_work(name: str, dtype: torch.dtype)
     assert {"mk.mlp", "mk.layer_norm"} & {entry.runs for entry in report.replaced}
 
 
+@pytest.mark.parametrize("name", ["clip", "clip quick gelu"])
+def test_mlps_are_one_op_each(name: str) -> None:
+    model, inputs = made(name)
+    mk.swap(model, only="*.mlp*")
+    mk.last_kernels(clear=True)
+    with torch.no_grad():
+        model(*inputs)
+    assert [op for op, _ in mk.last_kernels()] == ["mlp"] * 4
+
+
 def test_put_back() -> None:
     model, inputs = made("clip")
     with torch.no_grad():

@@ -94,6 +94,14 @@ def test_outputs_and_gradients_hold_and_the_kernels_do_the_work(name: str, dtype
     assert any("mk.attention" in entry.runs or "mk.window_attention" in entry.runs for entry in report.replaced)
 
 
+def test_clips_mlps_are_one_op_each() -> None:
+    model, inputs = made("clip")
+    mk.swap(model, only="*.mlp*")
+    mk.last_kernels(clear=True)
+    run(model, inputs)
+    assert [op for op, _ in mk.last_kernels()] == ["mlp"] * 4
+
+
 @pytest.mark.parametrize("name", ["clip gelu", "lxmert", "swin odd", "mask2former", "mixtral", "t5", "gemma2"])
 def test_unswap_brings_everything_back(name: str) -> None:
     model, inputs = made(name)
@@ -302,9 +310,9 @@ def test_implementations_chosen_later_are_obeyed() -> None:
 
 # --- what is left -----------------------------------------------------------------------------------------------------
 def test_reasons_of_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, _ = made("clip")
+    model, _ = made("clip mish")
     mlps = [entry for entry in mk.swap(model, dry_run=True).entries if entry.cls.endswith("CLIPMLP")]
-    assert len(mlps) == 4 and all("QuickGELUActivation" in entry.reason for entry in mlps)
+    assert len(mlps) == 4 and all("its activation is a Mish" in entry.reason for entry in mlps)
     experts = [e for e in mk.swap(made("gpt oss")[0], dry_run=True).entries if e.cls.endswith("GptOssExperts")]
     assert experts and all("transposed" in entry.reason for entry in experts)
     lxmert, _ = made("lxmert")

@@ -255,6 +255,7 @@ MODELS: dict[str, Model] = {
         lambda: {"pixel_values": floats(2, 4, 3, 16, 16)},
     ),
     "clip": Model(clip_like(hf.CLIPConfig, hf.CLIPModel, {}), text_and_pixels(), 0.99),
+    "clip mish": Model(clip_like(hf.CLIPConfig, hf.CLIPModel, {}, hidden_act="mish"), text_and_pixels(), 0.99),
     "clip gelu": Model(clip_like(hf.CLIPConfig, hf.CLIPModel, {}, hidden_act="gelu"), text_and_pixels(), 0.99),
     "siglip": Model(clip_like(hf.SiglipConfig, hf.SiglipModel, {}), text_and_pixels(), 0.99),
     "bert": Model(causal(hf.BertConfig, hf.BertModel), text()),

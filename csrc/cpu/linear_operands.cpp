@@ -52,7 +52,7 @@ GemmOperand advanced(const GemmOperand& operand, std::int64_t elements) {
 }  // namespace
 
 Activation activation_of(std::int64_t code) {
-  check(code >= 0 && code <= static_cast<std::int64_t>(Activation::silu), "activation", "expected 0 to 4, got ", code);
+  check(code >= 0 && code < activation_count, "activation", "expected 0 to ", activation_count - 1, ", got ", code);
   return static_cast<Activation>(code);
 }
 

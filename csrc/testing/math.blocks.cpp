@@ -59,6 +59,7 @@ const MathBlocks math_blocks = {{
     MMK_ACTIVATION_BLOCKS(gelu),
     MMK_ACTIVATION_BLOCKS(gelu_tanh),
     MMK_ACTIVATION_BLOCKS(silu),
+    MMK_ACTIVATION_BLOCKS(quick_gelu),
 }};
 
 }  // namespace mmk::MMK_TIER

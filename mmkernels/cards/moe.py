@@ -139,6 +139,7 @@ _MOE_SAMPLES = (
     Sample("float32 parameters", _moe_call((2, 5), 7, 11, 6, 4, 2, bias="float32", gated=True)),
     Sample("relu", _moe_call((2, 5), 7, 11, 6, 4, 2, activation="relu"), gradcheck=False),  # not smooth
     Sample("gelu_tanh", _moe_call((2, 5), 7, 11, 6, 4, 2, activation="gelu_tanh")),
+    Sample("quick_gelu", _moe_call((2, 5), 7, 11, 6, 4, 2, activation="quick_gelu")),
     Sample("no activation", _moe_call((2, 5), 7, 11, 6, 4, 2, activation=None)),
     Sample("x strided", with_argument(_SMALL, 0, lambda x: torch.stack((x, x), -1)[..., 0])),
     Sample("x of a slice", with_argument(_SMALL, 0, lambda x: torch.cat((x, x), 2)[..., 3 : 3 + x.size(2)])),

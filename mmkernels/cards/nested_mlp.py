@@ -65,6 +65,7 @@ _SAMPLES = (
     Sample("plain", _call((2, 5), 8, 5, 12, gated=False, activation="gelu")),
     Sample("residual", _call((2, 5), 8, 5, 12, residual=True)),
     Sample("residual of no units", _call((2, 5), 8, 0, 12, residual=True), gradcheck=False),
+    Sample("quick_gelu", _call((2, 5), 8, 5, 12, activation="quick_gelu")),
     Sample("no rows", _call((2, 0), 8, 5, 12), gradcheck=False),
     Sample("strided", with_argument(_SMALL, 0, lambda x: torch.stack((x, x), -1)[..., 0])),
     Sample("MatFormer of ViT-B", _call((197,), 768, 1536, 3072), gradcheck=False),

@@ -27,11 +27,14 @@ _CLASSES: dict[str, str | None] = {
     "torch.nn.modules.activation.SiLU": "silu",
     "torch.nn.modules.activation.GELU": "gelu",  # or "gelu_tanh": its attribute says
     "torch.nn.modules.linear.Identity": None,
+    "open_clip.transformer.QuickGELU": "quick_gelu",
     "timm.layers.activations.GELU": "gelu",
     "timm.layers.activations.GELUTanh": "gelu_tanh",
+    "timm.layers.activations.QuickGELU": "quick_gelu",
     "transformers.activations.GELUActivation": "gelu",
     "transformers.activations.GELUTanh": "gelu_tanh",
     "transformers.activations.NewGELUActivation": "gelu_tanh",
+    "transformers.activations.QuickGELUActivation": "quick_gelu",
     "transformers.activations.SiLUActivation": "silu",
 }
 

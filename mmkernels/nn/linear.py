@@ -31,7 +31,7 @@ class Linear(Packing, nn.Linear):
 
     Args:
         in_features, out_features, bias, device, dtype: as in nn.Linear; float32, bfloat16, float16 or float64.
-        activation: None, "gelu" (by erf), "gelu_tanh", "silu" or "relu".
+        activation: None, "gelu" (by erf), "gelu_tanh", "quick_gelu", "silu" or "relu".
         packed_dtype: None, or torch.int8 to quantise in eval mode: each output channel of the weight, and x row by row.
             Training, an exported program and whatever cannot be packed compute in the dtype of the weight.
         kernels: True runs the op, False plain torch. May be set at any time. Weights or inputs of other tensor classes

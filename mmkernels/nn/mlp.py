@@ -123,7 +123,7 @@ class Mlp(KernelSwitch):
 
     Args:
         in_features: K. hidden_features, out_features: K where None.
-        activation: None, "gelu" (by erf), "gelu_tanh", "silu" or "relu".
+        activation: None, "gelu" (by erf), "gelu_tanh", "quick_gelu", "silu" or "relu".
         bias: of both layers, or a pair (of fc1, of fc2).
         drop: probability, as in nn.Dropout, of the hidden activations and of the output (not of the residual), or a pair.
         device, dtype: as in nn.Linear; float32, bfloat16, float16 or float64.

@@ -178,7 +178,7 @@ class ModalityMlp(KernelSwitch):
     Args:
         dim: C. hidden: H. num_modalities: M.
         gated: whether there is a gate. MoT: True with "silu"; ONE-PEACE: True with "gelu".
-        activation: None, "gelu" (by erf), "gelu_tanh", "silu" or "relu".
+        activation: None, "gelu" (by erf), "gelu_tanh", "quick_gelu", "silu" or "relu".
         bias: of the inner and the outer layer, or a pair (ONE-PEACE: (False, True)).
         out_norm: an RMSNorm of the output (MoT). hidden_norm: a LayerNorm of h (ONE-PEACE). norm_eps: of both.
         kernels: True runs the ops, of DTensors all but the norms, False plain torch, as tensors of other classes always do.

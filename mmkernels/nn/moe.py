@@ -66,7 +66,7 @@ class MoE(Packing, KernelSwitch):
         kind, normalize, capacity_factor, top_p, num_groups, top_groups, group_score, group_size, published_thresholds: as in
             :func:`mmkernels.route`. Of M3ViT: "softmax_topk"; Uni-MoE and Mixtral: "topk_softmax"; IMP: "expert_choice".
         gated: experts are activation(x W_gate^T) * (x W_in^T) W_out^T, SwiGLU with activation "silu".
-        activation: None, "gelu" (by erf), "gelu_tanh", "silu" or "relu".
+        activation: None, "gelu" (by erf), "gelu_tanh", "quick_gelu", "silu" or "relu".
         bias: whether experts have biases (the router never has).
         num_tasks: one gate a task, which ``forward(x, task=i)`` chooses by (M3ViT's multi-gate).
         task_dim: one gate of [x ; task_feature], with that many channels of the feature (M3ViT's task-conditioned gate).

@@ -28,7 +28,7 @@ class NestedMlp(KernelSwitch):
         dim: C. hidden: H, the widest layer's units.
         widths: those that may be chosen, 1 to H each (MatFormer: H / 8, H / 4, H / 2, H).
         gated: activation(x W_gate^T) * (x W_in^T) instead of activation(x W_in^T).
-        activation: None, "gelu" (by erf), "gelu_tanh", "silu" or "relu".
+        activation: None, "gelu" (by erf), "gelu_tanh", "quick_gelu", "silu" or "relu".
         activation_on_product: activation of the product of gate and value, as MatFormer's code was released.
         kernels: True runs the op, False plain torch, as tensors of other classes (DTensor) always do. May be set any time.
         device, dtype: as in nn.Linear.

@@ -31,7 +31,7 @@ class SkillMlp(KernelSwitch):
         dim: C. hidden: H, of each skill. num_skills: S.
         reduce: "mean" or "sum".
         gated: activation(x W_gate^T) * (x W_in^T) instead of activation(x W_in^T).
-        activation: None, "gelu" (by erf), "gelu_tanh", "silu" or "relu".
+        activation: None, "gelu" (by erf), "gelu_tanh", "quick_gelu", "silu" or "relu".
         bias: whether the layers have biases.
         kernels: True runs the op, False plain torch, as tensors of other classes (DTensor) always do. May be set any time.
         device, dtype: as in nn.Linear.

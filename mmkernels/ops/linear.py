@@ -430,7 +430,7 @@ def linear(
         weight: [N, K] in the dtype of x, as nn.Linear keeps it, or its transposed view; or a :class:`PackedLinear`, which
             has its own bias.
         bias: [N] or None; in the dtype of x, or float32 beside half precision.
-        activation: None, "gelu" (by erf), "gelu_tanh", "silu" or "relu".
+        activation: None, "gelu" (by erf), "gelu_tanh", "quick_gelu", "silu" or "relu".
         residual: None, or what expands to the output's shape, in the dtype of x; added last.
 
     Returns:
@@ -493,7 +493,7 @@ def mlp(
         w_in, w_gate: [H, K] in the dtype of x, or each a :class:`PackedLinear`, which has its own bias.
         w_out: [N, H], or a PackedLinear.
         b_in, b_gate, b_out: [H], [H], [N] or None; in the dtype of x, or float32 beside half precision.
-        activation: None, "gelu" (by erf), "gelu_tanh", "silu" or "relu"; of the gate where there is one.
+        activation: None, "gelu" (by erf), "gelu_tanh", "quick_gelu", "silu" or "relu"; of the gate where there is one.
         residual: None, or what expands to the output's shape, in the dtype of x; added last.
 
     Returns:

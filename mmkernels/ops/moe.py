@@ -461,7 +461,7 @@ def moe_mlp(
             for inference).
         w_out: [E, N, H], or a PackedLinear.
         b_in, b_gate, b_out: [E, H], [E, H], [E, N] or None; in the dtype of x, or float32 beside half precision.
-        activation: None, "gelu" (by erf), "gelu_tanh", "silu" or "relu"; of the gate where there is one.
+        activation: None, "gelu" (by erf), "gelu_tanh", "quick_gelu", "silu" or "relu"; of the gate where there is one.
         residual: None, or of the output's shape and dtype; added last: a skip connection, or what shared experts give.
         lora: low-rank additions to the weights.
 

@@ -1,6 +1,8 @@
 """Linear layers and MLPs, plain and gated: the definition.
 
-Sources of the gated forms: "GLU Variants Improve Transformer" (2020): SwiGLU, GeGLU and ReGLU are a SiLU, GELU or ReLU gate.
+Sources of the gated forms: "GLU Variants Improve Transformer" (2020): SwiGLU, GeGLU and ReGLU are a SiLU, GELU or ReLU gate;
+of quick_gelu: "Gaussian Error Linear Units (GELUs)" (2016), and the code of CLIP, "Learning Transferable Visual Models From
+Natural Language Supervision" (2021).
 """
 
 from __future__ import annotations
@@ -10,17 +12,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # By the number that the operators take for an activation.
-ACTIVATIONS = (None, "relu", "gelu", "gelu_tanh", "silu")
+ACTIVATIONS = (None, "relu", "gelu", "gelu_tanh", "silu", "quick_gelu")
+
+# quick_gelu is x sigmoid(QUICK_GELU x).
+QUICK_GELU = 1.702
 
 
 def activate(x: Tensor, activation: str | None) -> Tensor:
-    """`gelu` is x times the normal distribution's own function, `gelu_tanh` its approximation by tanh."""
+    """`gelu` is x times the normal distribution's own function, `gelu_tanh` its approximation by tanh, `quick_gelu` that by
+    a sigmoid."""
     if activation is None:
         return x
     if activation == "relu":
         return F.relu(x)
     if activation == "silu":
         return F.silu(x)
+    if activation == "quick_gelu":
+        return x * torch.sigmoid(QUICK_GELU * x)
     return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
@@ -96,6 +104,9 @@ def through(grad: Tensor, pre: Tensor, activation: int) -> tuple[Tensor, Tensor]
         return torch.ops.aten.threshold_backward(grad, pre, 0), value
     if name == "silu":
         return torch.ops.aten.silu_backward(grad, pre), value
+    if name == "quick_gelu":
+        share = torch.sigmoid(QUICK_GELU * pre)
+        return grad * (share + pre * (QUICK_GELU * share * (1 - share))), value
     return torch.ops.aten.gelu_backward(grad, pre, approximate="tanh" if name == "gelu_tanh" else "none"), value
 
 

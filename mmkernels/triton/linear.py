@@ -42,10 +42,11 @@ def activate(x, ACTIVATION: tl.constexpr):
         value = x * share
         # 1 - share loses digits where the factor after it is large.
         slope = share + x * (share * tl.sigmoid(-u)) * (1.5957691216057308 * (1.0 + 0.134145 * x * x))
-    elif ACTIVATION == "silu":
-        share = tl.sigmoid(x)
+    elif ACTIVATION == "silu" or ACTIVATION == "quick_gelu":
+        factor: tl.constexpr = 1.702 if ACTIVATION == "quick_gelu" else 1.0
+        share = tl.sigmoid(factor * x)
         value = x * share
-        slope = share + value * (1.0 - share)
+        slope = share + value * (factor * (1.0 - share))
     else:
         value = x
         slope = tl.full(x.shape, 1.0, tl.float32)

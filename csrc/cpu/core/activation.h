@@ -3,8 +3,8 @@
 
 namespace mmk {
 
-// gelu is the erf form, gelu_tanh its approximation by tanh.
-enum class Activation : int { none, relu, gelu, gelu_tanh, silu };
-inline constexpr int activation_count = 5;
+// gelu is the erf form, gelu_tanh its approximation by tanh, quick_gelu the one by a sigmoid.
+enum class Activation : int { none, relu, gelu, gelu_tanh, silu, quick_gelu };
+inline constexpr int activation_count = 6;
 
 }  // namespace mmk

@@ -265,6 +265,8 @@ inline void with_activation(Activation activation, const F& f) {
       return f.template operator()<Activation::gelu_tanh>();
     case Activation::silu:
       return f.template operator()<Activation::silu>();
+    case Activation::quick_gelu:
+      return f.template operator()<Activation::quick_gelu>();
   }
 }
 

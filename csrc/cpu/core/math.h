@@ -157,7 +157,15 @@ inline Sigmoid<A> sigmoid_and_gradient(typename Vec<A>::Register x) {
 // gelu_tanh(x) = x (1 + tanh(y / 2)) / 2 = x sigmoid(y) with y = 2 sqrt(2 / pi) (x + 0.044715 x^3).
 inline constexpr double gelu_tanh_linear = 1.5957691216057308, gelu_tanh_cubic = 0.07135481627260025;
 
-// At -infinity gelu, gelu_tanh and silu are NaN, as torch's are; elsewhere far below 0 they are 0.
+// silu and quick_gelu are x sigmoid(factor x).
+template <Activation a>
+inline constexpr double sigmoid_factor = 0;
+template <>
+inline constexpr double sigmoid_factor<Activation::silu> = 1;
+template <>
+inline constexpr double sigmoid_factor<Activation::quick_gelu> = 1.702;
+
+// At -infinity gelu, gelu_tanh, silu and quick_gelu are NaN, as torch's are; elsewhere far below 0 they are 0.
 template <Activation a, class A>
 inline typename Vec<A>::Register activate(typename Vec<A>::Register x) {
   using V = Vec<A>;
@@ -171,9 +179,9 @@ inline typename Vec<A>::Register activate(typename Vec<A>::Register x) {
     const Register y = x * V::fma(x * x, V::set(A(gelu_tanh_cubic)), V::set(A(gelu_tanh_linear)));
     const Register one = V::set(A(1));
     return x / (one + exp<A>(-y));
-  } else if constexpr (a == Activation::silu) {
+  } else if constexpr (sigmoid_factor<a> != 0) {
     const Register one = V::set(A(1));
-    return x / (one + exp<A>(-x));
+    return x / (one + exp<A>(x * V::set(A(-sigmoid_factor<a>))));
   } else {
     static_assert(a == Activation::none);
     return x;
@@ -199,9 +207,10 @@ inline typename Vec<A>::Register activate_gradient(typename Vec<A>::Register x) 
     const Register slope = V::fma(square, V::set(A(3 * gelu_tanh_cubic)), V::set(A(gelu_tanh_linear)));
     const Sigmoid<A> s = sigmoid_and_gradient<A>(y);
     return V::fma(x * s.gradient, slope, s.value);
-  } else if constexpr (a == Activation::silu) {
-    const Sigmoid<A> s = sigmoid_and_gradient<A>(x);
-    return V::fma(x, s.gradient, s.value);
+  } else if constexpr (sigmoid_factor<a> != 0) {
+    const Register factor = V::set(A(sigmoid_factor<a>));
+    const Sigmoid<A> s = sigmoid_and_gradient<A>(x * factor);
+    return V::fma(x, s.gradient * factor, s.value);  // x * factor may be infinite, and its slope there is 0
   } else {
     static_assert(a == Activation::none);
     return V::set(A(1));
