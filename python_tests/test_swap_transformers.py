@@ -17,16 +17,18 @@ import torch
 from oracles import oracle
 from support import assert_same_bits
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mmkernels as mk
 from mmkernels.integrations import rules
 from mmkernels.integrations.calls import mapped, tensors, to_dtype
+from mmkernels.integrations.transformers_blocks import _Attention, _PreNormLayer
 
 hf = oracle("transformers")
 if not hasattr(hf.integrations.moe, "ExpertsInterface"):
     pytest.skip("transformers without ExpertsInterface", allow_module_level=True)
 
-from transformers_models import MODELS, C, ids, padded, text  # noqa: E402 - imports transformers
+from transformers_models import IMAGE, MODELS, C, ids, padded, text  # noqa: E402 - imports transformers
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -130,6 +132,140 @@ def test_models_that_share_a_config_are_independent() -> None:
     assert_all_same_bits(run(other, inputs), plain)
 
 
+# --- residuals ----------------------------------------------------------------------------------------------------------
+PRE_NORM = ["vit", "vit eager", "vivit", "deit", "clip", "siglip", "blip", "blip2", "aimv2"]
+
+
+class _Sums(TorchDispatchMode):
+    """Counts torch's own sums of two tensors of three dimensions."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.ops.aten.add.Tensor and all(isinstance(x, Tensor) and x.dim() == 3 for x in args):
+            self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def sums_in(model: nn.Module, inputs: dict[str, Any], **more: Any) -> int:
+    """How many sums the model's pre-norm layers leave to torch."""
+    layers = [module for module in model.modules() if isinstance(module, _PreNormLayer)]
+    counter, handles = _Sums(), []
+    for layer in layers:
+        handles.append(layer.register_forward_pre_hook(lambda *_: counter.__enter__() and None))
+        handles.append(layer.register_forward_hook(lambda *_: counter.__exit__(None, None, None)))
+    run(model, inputs | more)
+    for handle in handles:
+        handle.remove()
+    assert layers
+    return counter.count
+
+
+@pytest.mark.parametrize("name", PRE_NORM)
+def test_last_products_add_the_residuals(name: str) -> None:
+    model, inputs = made(name)
+    report = mk.swap(model)
+    assert sums_in(model, inputs) == 0
+    assert not report.declined
+
+
+def test_layers_whose_outputs_were_collected_go_on_adding() -> None:
+    """transformers' hooks stay on attention modules after the call that asks for hidden states."""
+    model, inputs = made("siglip")
+    plain = run(model, inputs | {"output_hidden_states": True})
+    report = mk.swap(model)
+    assert sums_in(model, inputs, output_hidden_states=True) == 0
+    for key, tensor in run(model, inputs | {"output_hidden_states": True}).items():
+        torch.testing.assert_close(tensor, plain[key], atol=1e-5, rtol=1e-4)
+    assert any(module._forward_hooks for module in model.modules() if isinstance(module, _Attention))
+    assert sums_in(model, inputs) == 0 and not report.declined
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "reason"),
+    [
+        ("clip", "self_attn", "somebody listens to the attention module"),
+        ("clip", "mlp", "somebody listens to the MLP"),
+        ("clip", "self_attn.out_proj", None),
+        ("clip", "mlp.fc2", None),
+        ("blip", "self_attn", "somebody listens to the attention module"),
+        ("blip", "self_attn.projection", None),
+        ("vit", "dropout", "dropout of what is added"),
+        ("vit", "attention.o_proj", None),
+        ("aimv2", "ffn", "somebody listens to the MLP"),
+    ],
+)
+def test_listeners_to_parts_of_layers_are_served(name: str, part: str, reason: str | None) -> None:
+    model, inputs = made(name)
+    plain = run(model, inputs)
+    report = mk.swap(model)
+    layer = next(module for module in model.modules() if isinstance(module, _PreNormLayer))
+    heard: list[Any] = []
+
+    def double(module: nn.Module, args: Any, output: Any) -> Any:
+        heard.append(output)
+        return (2 * output[0], *output[1:]) if isinstance(output, tuple) else 2 * output
+
+    for change in (lambda *call: heard.append(call), double):
+        heard.clear()
+        handle = layer.get_submodule(part).register_forward_hook(change)
+        actual = run(model, inputs)
+        handle.remove()
+        assert len(heard) == (2 if part == "dropout" else 1)
+        same = all(torch.allclose(tensor, plain[key], atol=1e-5, rtol=1e-4) for key, tensor in actual.items())
+        assert same == (change is not double)
+    assert {item.reason for item in report.declined} == (set() if reason is None else {reason})
+    assert sums_in(model, inputs) == 0
+
+
+def test_dropout_in_training_and_parts_left_out_are_the_originals() -> None:
+    torch.manual_seed(0)
+    model = hf.ViTModel(hf.ViTConfig(**IMAGE, hidden_dropout_prob=0.3)).train()
+    inputs = MODELS["vit"].inputs()
+    plain = run(model, inputs)
+    with mk.swapped(model) as report:
+        for key, tensor in run(model, inputs).items():
+            torch.testing.assert_close(tensor, plain[key], atol=1e-5, rtol=1e-4)
+        assert {item.reason for item in report.declined} == {"dropout of what is added"}
+        model.eval()
+        assert sums_in(model, inputs) == 0
+    plain = run(model, inputs)
+    report = mk.swap(model, only="layers.*", skip="layers.*.attention")
+    for key, tensor in run(model, inputs).items():
+        torch.testing.assert_close(tensor, plain[key], atol=1e-5, rtol=1e-4)
+    assert {item.reason for item in report.declined} == {"attention or an MLP that is not swapped"}
+
+
+@pytest.mark.parametrize("name", ["vit", "clip", "blip", "aimv2"])
+def test_layers_under_autocast(name: str) -> None:
+    model, inputs = made(name)
+    exact, results = run(model, inputs), []
+    for swap in (False, True):
+        if swap:
+            mk.swap(model)
+        with torch.autocast("cpu", torch.bfloat16):
+            results.append(run(model, inputs))
+    theirs, ours = results
+    for key, tensor in exact.items():
+        assert ours[key].dtype == theirs[key].dtype
+        assert (ours[key] - tensor).abs().max() <= 2 * (theirs[key] - tensor).abs().max() + 0.01 * tensor.abs().max()
+
+
+def test_gradient_checkpointing_of_layers() -> None:
+    model, inputs = made("vit")
+    mk.swap(model)
+    found = []
+    for again in (False, True):
+        model.train()
+        if again:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.zero_grad()
+        model(**inputs)[0].square().sum().backward()
+        found.append([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
+    for actual, expected in zip(*found, strict=True):
+        assert_same_bits(actual, expected, "gradient")
+
+
 # --- masks, caches, weights -------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", ["llama left", "mistral", "gemma2", "mixtral", "t5", "whisper", "llama eager"])
 def test_generation_gives_the_same_tokens(name: str) -> None:
@@ -181,6 +317,14 @@ def test_attention_weights_that_are_asked_for_are_there(name: str) -> None:
         torch.testing.assert_close(actual[key], tensor, atol=1e-5, rtol=1e-4)
     assert {item.reason for item in report.declined} == {"attention weights are asked for"}
     assert "calls served by the original: attention weights" in str(report)
+
+
+@pytest.mark.parametrize("name", ["vit eager", "swin eager"])
+def test_attention_weights_that_a_config_asks_for_are_there(name: str) -> None:
+    model, inputs = made(name)
+    model.config.output_attentions = True
+    mk.swap(model)
+    assert len(model(**inputs).attentions) == 2
 
 
 def test_bridgetower_gives_the_weights_that_it_always_gives(registered: ModuleType) -> None:
@@ -348,7 +492,7 @@ def test_a_listener_to_swins_attention_is_served() -> None:
 
 
 # --- copies, files, compilers -----------------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", ["llama left", "swin odd", "mixtral", "bert eager"])
+@pytest.mark.parametrize("name", ["llama left", "swin odd", "mixtral", "bert eager", "vit"])
 def test_copies_and_pickles_run_the_kernels_and_can_be_put_back(name: str) -> None:
     model, inputs = made(name)
     plain = run(model, inputs)
@@ -376,7 +520,7 @@ def test_a_saved_model_says_nothing_of_the_kernels(tmp_path: Path) -> None:
     assert_all_same_bits(run(loaded, inputs), plain)
 
 
-@pytest.mark.parametrize("name", ["llama left", "bert eager"])
+@pytest.mark.parametrize("name", ["llama left", "bert eager", "vit", "blip"])
 def test_a_compiled_model_runs_the_kernels(name: str) -> None:
     model, inputs = made(name)
     mk.swap(model)

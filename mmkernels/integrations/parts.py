@@ -31,6 +31,7 @@ _CLASSES: dict[str, str | None] = {
     "timm.layers.activations.GELU": "gelu",
     "timm.layers.activations.GELUTanh": "gelu_tanh",
     "timm.layers.activations.QuickGELU": "quick_gelu",
+    "transformers.activations.FastGELUActivation": "gelu_tanh",  # its constants have ten digits
     "transformers.activations.GELUActivation": "gelu",
     "transformers.activations.GELUTanh": "gelu_tanh",
     "transformers.activations.NewGELUActivation": "gelu_tanh",

@@ -199,10 +199,25 @@ def combined(target: type, original: type) -> type:
     others (device maps, checkpoints, wrapping policies) find it."""
     if issubclass(target, original) or not issubclass(target, Swapped):
         return target
-    namespace = {"__module__": original.__module__, "__qualname__": original.__qualname__, "_made_of": (target, original)}
-    if hasattr(target, "forward_of"):
-        namespace["forward"] = target.forward_of(original)
+    namespace: dict[str, Any] = {
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "_made_of": (target, original),
+    }
+    if hasattr(target, "members_of"):
+        namespace.update(target.members_of(original))
     return type(original.__name__, (target, original), namespace)
+
+
+def target_of(module: nn.Module) -> type | None:
+    """What a module is replaced by, or has been; None where it stays."""
+    record = record_of(module)
+    if record is not None:
+        return record.target
+    rule = rule_of(type(module))
+    if rule is None or why_unknown(module, rule) is not None or rule.refuses(module) is not None:
+        return None
+    return rule.target
 
 
 # --- changing a module and putting it back ----------------------------------------------------------------------------

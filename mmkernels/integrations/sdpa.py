@@ -90,10 +90,10 @@ class CallsSdpa(Swapped):
     in its place."""
 
     @staticmethod
-    def forward_of(original: type[nn.Module]) -> Any:
+    def members_of(original: type[nn.Module]) -> dict[str, Any]:
         """A copy of the class's forward whose globals hold :func:`sdpa` where torch's function was. (A torch function mode
         would do it too, at a cost for every call of torch, and torch.compile cannot trace all that happens under one.)"""
-        return with_globals(original.forward, _substitute)
+        return {"forward": with_globals(original.forward, _substitute)}
 
 
 def with_globals(function: Any, substitute: Callable[[Any], Any]) -> Any:

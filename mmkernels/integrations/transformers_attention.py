@@ -9,15 +9,19 @@ import sys
 from collections.abc import Callable
 from functools import cache, partial
 from types import FunctionType
-from typing import Any
+from typing import Any, ClassVar, Final
 
 import torch
 from torch import Tensor, nn
 
 from mmkernels.integrations.rules import Rule, Swapped, digest_of, note
 from mmkernels.integrations.sdpa import refused, with_globals
+from mmkernels.nn.linear import unchanged
 from mmkernels.nn.tensor_classes import laid_out
 from mmkernels.ops.attention import attention, cast_heads
+
+# Why the op, which makes no weights, does not serve a call.
+WEIGHTS: Final = "attention weights are asked for"
 
 # The functions of that name that compute softmax(softcap(scale q k^T) + position_bias + mask) v of the keys and values
 # repeated for their groups, and no more: 0 is a mask that is None, nothing is causal of itself.
@@ -130,7 +134,7 @@ class _Eager:
         q, k, v = cast_heads(query, key, value)
         reason = "unusual arguments of an eager attention function" if args else None
         if weights_wanted(self.collector, kwargs):
-            reason = "attention weights are asked for"
+            reason = WEIGHTS
         reason = reason or _reason(module, q, k, v, attention_mask, position_bias, dropout)
         if reason is None and attention_mask is not None and attention_mask.dtype == torch.bool:
             reason = "a mask of bool that is added to the scores"
@@ -146,6 +150,15 @@ def weights_wanted(collector: Any, kwargs: dict[str, Any]) -> bool:
     """Whether a call of attention is expected to give its weights."""
     collected = None if collector is None else collector.get()
     return bool(kwargs.get("output_attentions")) or any("attentions" in name for name in collected or ())
+
+
+def apart(attention: nn.Module, collector: Any, kwargs: dict[str, Any]) -> str | None:
+    """Why a call of an attention module has to be one of the module as a whole; None where its parent may do its work. The
+    hooks with which transformers collects outputs stay on a module, and do nothing while no weights are collected."""
+    if weights_wanted(collector, kwargs):
+        return WEIGHTS
+    collects = all(getattr(hook, "__name__", "") == "output_capturing_hook" for hook in attention._forward_hooks.values())
+    return None if collects and unchanged(attention, type(attention)) else "somebody listens to the attention module"
 
 
 def _reason(
@@ -203,11 +216,12 @@ class _Interface:
 
     Args:
         interface: transformers' own.
-        eager: how to run the model's eager function, or why not.
+        default: the model's eager function.
+        eager: how to run it, or why not.
     """
 
-    def __init__(self, interface: Any, eager: _Eager | str) -> None:
-        self.interface, self.eager = interface, eager
+    def __init__(self, interface: Any, default: Any, eager: _Eager | str) -> None:
+        self.interface, self.default, self.eager = interface, default, eager
 
     def get_interface(self, implementation: str | None, default: Callable[..., Any]) -> Callable[..., Any]:
         if implementation == "sdpa":
@@ -256,11 +270,15 @@ class AsksInterface(Swapped):
     """A module whose own forward asks transformers' AttentionInterface for a function: that forward, which is given the
     op's. No config is changed, so the model's masks are made as ever, for what the config says."""
 
+    _functions: ClassVar[_Interface]
+
     @staticmethod
-    def forward_of(original: type[nn.Module]) -> Any:
-        interface = inspect.unwrap(original.forward).__globals__["ALL_ATTENTION_FUNCTIONS"]
-        ours = _Interface(interface, _eager_of(original))
-        return with_globals(original.forward, lambda value: ours if value is interface else None)
+    def members_of(original: type[nn.Module]) -> dict[str, Any]:
+        scope = inspect.unwrap(original.forward).__globals__
+        interface, default = scope["ALL_ATTENTION_FUNCTIONS"], scope.get("eager_attention_forward")
+        ours = _Interface(interface, default, _eager_of(original))
+        forward = with_globals(original.forward, lambda value: ours if value is interface else None)
+        return {"forward": forward, "_functions": ours}
 
 
 def collector_of(cls: type[nn.Module]) -> Any:

@@ -12,14 +12,13 @@ from torch import Tensor, nn
 from mmkernels.integrations.parts import UNKNOWN, activation_name
 from mmkernels.integrations.rules import Swapped, digest_of, replaces
 from mmkernels.integrations.sdpa import sdpa
-from mmkernels.integrations.transformers_attention import collector_of, weights_wanted
+from mmkernels.integrations.transformers_attention import WEIGHTS, apart, collector_of
 from mmkernels.nn.linear import activated, untouched
 from mmkernels.nn.tensor_classes import op_takes
 from mmkernels.ops.window_attention import window_attention
 
 _MODELS: Final = "transformers.models"
-_WEIGHTS: Final = "attention weights are asked for"
-_DROPOUT: Final = "a dropout layer that is another module, or that somebody listens to"
+DROPOUT: Final = "a dropout layer that is another module, or that somebody listens to"
 
 
 def _heads(x: Tensor, head_dim: int) -> Tensor:
@@ -32,7 +31,7 @@ def _put_together(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
-def _probability(dropout: nn.Module) -> float | None:
+def probability(dropout: nn.Module) -> float | None:
     """With which probability the layer drops a number now; None where it is not to be passed over."""
     if not untouched(dropout, nn.Dropout):
         return None
@@ -64,9 +63,9 @@ class SwappedLxmertAttention(_BertLike):
     def forward(
         self, hidden_states: Tensor, context: Tensor, attention_mask: Tensor | None = None, output_attentions: bool = False
     ) -> Any:
-        dropout_p = _probability(self.dropout)
+        dropout_p = probability(self.dropout)
         if output_attentions or dropout_p is None:
-            reason = _WEIGHTS if output_attentions else _DROPOUT
+            reason = WEIGHTS if output_attentions else DROPOUT
             return self.original(reason, hidden_states, context, attention_mask, output_attentions)
         return (self._attend(hidden_states, context, attention_mask, dropout_p),)
 
@@ -82,9 +81,9 @@ class SwappedSelfAttention(_BertLike):
     """FLAVA's, ViLT's and VisualBERT's."""
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, output_attentions: bool = False) -> Any:
-        dropout_p = _probability(self.dropout)
+        dropout_p = probability(self.dropout)
         if output_attentions or dropout_p is None:
-            reason = _WEIGHTS if output_attentions else _DROPOUT
+            reason = WEIGHTS if output_attentions else DROPOUT
             return self.original(reason, hidden_states, attention_mask, output_attentions)
         return (self._attend(hidden_states, hidden_states, attention_mask, dropout_p),)
 
@@ -103,9 +102,9 @@ class SwappedTimesformerSelfAttention(Swapped):
     attn_drop: nn.Module
 
     def forward(self, hidden_states: Tensor, output_attentions: bool = False) -> Any:
-        dropout_p = _probability(self.attn_drop)
+        dropout_p = probability(self.attn_drop)
         if output_attentions or dropout_p is None:
-            return self.original(_WEIGHTS if output_attentions else _DROPOUT, hidden_states, output_attentions)
+            return self.original(WEIGHTS if output_attentions else DROPOUT, hidden_states, output_attentions)
         q, k, v = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         return (_put_together(sdpa(q, k, v, None, dropout_p, scale=self.scale)),)
 
@@ -127,9 +126,9 @@ class SwappedCvtSelfAttention(Swapped):
     dropout: nn.Module
 
     def forward(self, hidden_state: Tensor, height: int, width: int) -> Any:
-        dropout_p = _probability(self.dropout)
+        dropout_p = probability(self.dropout)
         if dropout_p is None:
-            return self.original(_DROPOUT, hidden_state, height, width)
+            return self.original(DROPOUT, hidden_state, height, width)
         cls_token, image = hidden_state[:, : -height * width], hidden_state[:, -height * width :]
         image = image.transpose(1, 2).unflatten(2, (height, width))
         # In the order of the original: in training, batch norms count.
@@ -178,7 +177,7 @@ class SwappedSpeechT5Attention(Swapped):
     ) -> Any:
         reason = None
         if output_attentions:
-            reason = _WEIGHTS
+            reason = WEIGHTS
         elif "past_key_values" in kwargs:
             reason = "past_key_values, by which the cache was called"
         elif self._fits(hidden_states, key_value_states, cache, attention_mask) is False:
@@ -265,7 +264,7 @@ class SwappedMask2FormerAttention(Swapped):
         others = (attention_mask, key_value_states, key_value_position_embeddings)
         if output_attentions or position_embeddings is None or any(other is not None for other in others):
             return self.original(
-                _WEIGHTS if output_attentions else "a mask, keys of another sequence, or no positions",
+                WEIGHTS if output_attentions else "a mask, keys of another sequence, or no positions",
                 hidden_states,
                 attention_mask,
                 position_embeddings,
@@ -327,7 +326,7 @@ class SwappedMask2FormerDecoderLayer(Swapped):
         name = activation_name(self.activation_fn)
         if output_attentions or name == UNKNOWN:
             return self.original(
-                _WEIGHTS if output_attentions else "another activation",
+                WEIGHTS if output_attentions else "another activation",
                 hidden_states,
                 level_index,
                 attention_mask,
@@ -454,12 +453,11 @@ class SwappedSwinLayer(Swapped):
 
     def _reason(self, x: Tensor, kwargs: dict[str, Any]) -> str | None:
         attention = self.attention
-        if weights_wanted(collector_of(type(self)), kwargs):
-            return _WEIGHTS
+        reason = apart(attention, collector_of(type(attention)), kwargs)
+        if reason is not None:
+            return reason
         if attention.training and attention.attention_dropout > 0:
             return "dropout of attention weights in windows"
-        if any(hook.__name__ != "output_capturing_hook" for hook in attention._forward_hooks.values()):
-            return "somebody listens to the attention module"
         layers = (attention.q_proj, attention.k_proj, attention.v_proj)
         if not all(isinstance(layer, nn.Linear) for layer in layers):
             return "projections that are other modules"

@@ -109,10 +109,14 @@ def run(layer: Linear, x: Tensor, activation: str | None, residual: Tensor | Non
 def untouched(layer: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling the layer is no more than the forward of `kind`, so that a fused op may do it instead: nothing stands
     in its place (an adapter, a parametrization), no hook listens, and nobody has set a forward of its own."""
+    return not layer._forward_hooks and unchanged(layer, kind)
+
+
+def unchanged(layer: nn.Module, kind: type[nn.Module]) -> bool:
+    """The same, whoever listens to what the layer gives."""
     return (
         type(layer) is kind
         and "forward" not in layer.__dict__
-        and not layer._forward_hooks
         and not layer._forward_pre_hooks
         and not layer._backward_hooks
         and not layer._backward_pre_hooks
