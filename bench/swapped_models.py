@@ -20,7 +20,7 @@ from torch import nn
 import mmkernels as mk
 from mmkernels.bench.measure import interleave
 from mmkernels.bench.rows import RowFile, restart_tuned, training_step
-from mmkernels.integrations.calls import call
+from mmkernels.calls import call
 from mmkernels.integrations.named import random_inputs
 from mmkernels.integrations.packages import require
 

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mmkernels as mk
+from mmkernels.calls import mapped, tensors, to_dtype
 from mmkernels.integrations import rules
-from mmkernels.integrations.calls import mapped, tensors, to_dtype
 from mmkernels.integrations.transformers_blocks import _Attention, _PreNormLayer
 
 hf = oracle("transformers")

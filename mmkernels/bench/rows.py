@@ -15,7 +15,7 @@ from torch import nn
 
 from mmkernels.bench.machine import this_machine
 from mmkernels.bench.supervisor import TUNED
-from mmkernels.integrations.calls import tensors
+from mmkernels.calls import tensors
 
 
 def restart_tuned() -> None:

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from mmkernels import runtime
-from mmkernels.integrations.calls import call
+from mmkernels.calls import call
 
 _aten = torch.ops.aten
 

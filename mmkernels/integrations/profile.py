@@ -10,7 +10,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from mmkernels.bench.measure import Timing, clock_of, interleave
-from mmkernels.integrations.calls import call, tensors
+from mmkernels.calls import call, tensors
 
 _SHOWN = 8
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmkernels.integrations.calls import call, mapped, tensors, to_dtype
+from mmkernels.calls import call, mapped, tensors, to_dtype
 
 
 @dataclass(frozen=True)
