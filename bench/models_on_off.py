@@ -72,7 +72,7 @@ MODELS: dict[str, Case] = {
     # Of a batch of 8, plain torch keeps over 10 GB of scores for a training step.
     "swin_unetr": Case(floats(4, 64, 64, 64), batch=2),
     "swin_unetr_encoder": Case(floats(4, 64, 64, 64), batch=2),
-    "m3vit_small": Case(floats(3, 512, 512)),
+    "m3vit_small": Case(floats(3, 224, 224), {"image_size": 224}),
     "m3vit_small.streaming": Case(floats(3, 512, 512)),
     "mot_94m": Case(mot),
     "matformer_78m": Case(lambda batch, dtype: (ids(batch, 256, 32000),), {"vocab_size": 32000}),
