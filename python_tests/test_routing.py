@@ -217,6 +217,8 @@ def test_lanes_and_rows_agree() -> None:
 
 def test_a_routing_is_a_pytree_and_copies() -> None:
     routing = mk.route(logits_of(6, 4), 2)
+    names = [_pytree.keystr(path) for path, _ in _pytree.tree_flatten_with_path(routing)[0]]
+    assert names == [".expert_ids", ".weights", ".sums", ".counts", ".loads"]
     doubled = _pytree.tree_map(lambda t: t * 2 if isinstance(t, Tensor) else t, routing)
     assert isinstance(doubled, mk.Routing) and torch.equal(doubled.weights, routing.weights * 2)
     assert (doubled.num_experts, doubled.max_slots) == (4, 12)

@@ -82,9 +82,16 @@ class Routing:
         )
 
 
+_TENSORS = ("expert_ids", "weights", "sums", "counts", "loads")
+
+
 def _flatten(routing: Routing) -> tuple[list[Any], Any]:
-    tensors = [routing.expert_ids, routing.weights, routing.sums, routing.counts, routing.loads]
-    return tensors, (routing.num_experts, routing.max_slots)
+    return [getattr(routing, name) for name in _TENSORS], (routing.num_experts, routing.max_slots)
+
+
+def _flatten_with_keys(routing: Routing) -> tuple[list[tuple[_pytree.KeyEntry, Any]], Any]:
+    values, context = _flatten(routing)
+    return [(_pytree.GetAttrKey(name), value) for name, value in zip(_TENSORS, values, strict=True)], context
 
 
 def _unflatten(values: Any, context: Any) -> Routing:
@@ -97,6 +104,7 @@ _pytree.register_pytree_node(
     Routing,
     _flatten,
     _unflatten,
+    flatten_with_keys_fn=_flatten_with_keys,
     serialized_type_name="mmkernels.Routing",
     to_dumpable_context=list,
     from_dumpable_context=tuple,
