@@ -23,7 +23,7 @@ from mmkernels.ops.checks import check_float, check_int
 from mmkernels.ops.entry import autocast_dtype
 from mmkernels.ops.linear import linear
 from mmkernels.ops.moe import moe_mlp, with_lora
-from mmkernels.ops.routing import KINDS, Routing, route
+from mmkernels.ops.routing import KINDS, Routing, check_capacity, route
 from mmkernels.reference import moe as reference
 from mmkernels.reference import routing as routing_reference
 
@@ -139,7 +139,7 @@ class MoE(Packing, KernelSwitch):
         if num_tasks > 1 and task_dim:
             raise ValueError(f"task_dim: expected 0 beside num_tasks {num_tasks}, got {task_dim}")
         _check_routing(kind, top_k, num_experts, top_p, noise_std)
-        _check_capacity(kind, capacity_factor, group_size)
+        check_capacity(kind, capacity_factor, group_size)
         if schedule not in SCHEDULES:
             raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {schedule!r}")
         streams = schedule == "streaming"
@@ -363,17 +363,6 @@ class MoE(Packing, KernelSwitch):
             f"top_k={self.top_k}, kind={self.kind!r}, gated={self.gated}, activation={self.activation}, "
             f"schedule={self.schedule!r}, packed_dtype={self.packed_dtype}, {super().extra_repr()}"
         )
-
-
-def _check_capacity(kind: Any, capacity_factor: Any, group_size: Any) -> None:
-    if capacity_factor is not None:
-        check_float(capacity_factor, "capacity_factor")
-        if not 0 <= capacity_factor < math.inf:
-            raise ValueError(f"capacity_factor: expected a number of at least 0, got {capacity_factor}")
-    if group_size is not None:
-        check_int(group_size, "group_size", 1)
-        if kind != "expert_choice":
-            raise ValueError(f"group_size: expected None with kind {kind!r}; it is for expert_choice")
 
 
 def _check_routing(kind: Any, top_k: Any, num_experts: int, top_p: Any, noise_std: Any) -> None:

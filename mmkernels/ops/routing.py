@@ -218,6 +218,18 @@ _call_choice = differentiable(_choice_op, _setup_choice, _backward_choice, twice
 
 
 # --- public functions -------------------------------------------------------------------------------------------------
+def check_capacity(kind: Any, capacity_factor: Any, group_size: Any) -> None:
+    """What `route` and the modules that call it take of these two."""
+    if capacity_factor is not None:
+        check_float(capacity_factor, "capacity_factor")
+        if not 0 <= capacity_factor < float("inf"):
+            raise ValueError(f"capacity_factor: expected a number of at least 0, got {capacity_factor}")
+    if group_size is not None:
+        check_int(group_size, "group_size", 1)
+        if kind != "expert_choice":
+            raise ValueError(f"group_size: expected None with kind {kind!r}; it is for expert_choice")
+
+
 def _check_options(
     kind: Any,
     capacity: Any,
@@ -236,10 +248,7 @@ def _check_options(
         check_int(capacity, "capacity", 0)
         if capacity_factor is not None:
             raise ValueError("capacity_factor: expected None beside a capacity")
-    if capacity_factor is not None:
-        check_float(capacity_factor, "capacity_factor")
-        if not 0 <= capacity_factor < float("inf"):
-            raise ValueError(f"capacity_factor: expected a number of at least 0, got {capacity_factor}")
+    check_capacity(kind, capacity_factor, group_size)
     if top_p is not None:
         check_float(top_p, "top_p")
     if group_score not in reference.GROUP_SCORES:
@@ -248,10 +257,6 @@ def _check_options(
         for name, given in only_for_top_k.items():
             if given:
                 raise ValueError(f"{name}: expert_choice has no use for it")
-        if group_size is not None:
-            check_int(group_size, "group_size", 1)
-    elif group_size is not None:
-        raise ValueError(f"group_size: expected None with kind {kind!r}; it is for expert_choice")
     if kind == "noisy_topk" and noise_std is None:
         raise ValueError("noise_std: noisy_topk needs it in training; without noise the kind is topk_softmax")
 
