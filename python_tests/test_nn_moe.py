@@ -526,3 +526,12 @@ def test_errors_name_the_argument() -> None:
     ):
         with pytest.raises((TypeError, ValueError), match=message):
             call()
+
+
+@pytest.mark.parametrize("on_product", [False, True])
+@pytest.mark.parametrize("kernels", [True, False])
+def test_nested_mlp_adds_the_residual(kernels: bool, on_product: bool) -> None:
+    layer = NestedMlp(C, H, (5, H), activation_on_product=on_product, kernels=kernels)
+    x, residual = torch.randn(3, 7, C), torch.randn(3, 7, C)
+    for width in (5, H):
+        torch.testing.assert_close(layer(x, width, residual), layer(x, width) + residual)
