@@ -81,7 +81,7 @@ MODELS: dict[str, Case] = {
         {"dim": 1024, "num_heads": 16, "hidden": 2816, "depth": 4, "vocab_size": 8000},
     ),
     "one_peace": Case(
-        lambda batch, dtype: (ids(batch, 40, 50265), torch.randn(batch, 3, 256, 256).to(dtype)),
+        lambda batch, dtype: (ids(batch, 40, 50264), torch.randn(batch, 3, 256, 256).to(dtype)),
         {"dim": 768, "num_heads": 12, "hidden": 3072, "depth": 6, "modalities": ("text", "image")},
     ),
     "imp_moe_base": Case(imp, {"depth": 6, "moe_depth": 3}),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mmkernels.reference.linear import activate, affine, mlp
+from mmkernels.reference.linear import activate, affine, linear, mlp
 
 
 def nested_mlp(
@@ -22,6 +22,6 @@ def nested_mlp(
     MatFormer's code was released."""
     up, out = w_in[:width], w_out[:, :width]
     if w_gate is not None and activation_on_product:
-        made = affine(activate(affine(x, w_gate[:width], None) * affine(x, up, None), activation), out, None)
-        return made if residual is None else made + residual
+        hidden = activate(affine(x, w_gate[:width], None) * affine(x, up, None), activation)
+        return linear(hidden, out, residual=residual)
     return mlp(x, up, out, w_gate=None if w_gate is None else w_gate[:width], activation=activation, residual=residual)
