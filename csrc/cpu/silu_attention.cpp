@@ -1,6 +1,9 @@
 // Parameter-free cross-attention on the CPU: checks, tensors, and which products are made. The products are core/gemm's, and
 // what happens to a row of scores between them is in silu_attention.tier.cpp.
 //
+// Where the processor multiplies bfloat16 itself, scores, and in backward the gradients of what was kept, are rounded to it for
+// the products that read them; what is dropped is chosen by the sums before.
+//
 // Index glossary: B samples, L rows (tokens of x), M keys, D channels, W channels of values (`width`). Blocks of rows go
 // through all products one after the other: their scores [block, M] are used while they are in the cache, and no tensor of
 // all scores is made. Blocks are cut by sizes alone, since gradients of keys and values are sums over them.
@@ -56,6 +59,7 @@ struct Problem {
   std::int64_t batch;
   Number number, wide;  // of the tensors, and of accumulators
   GemmChoice how;
+  bool halves;  // products read bfloat16 as it is, else everything is widened when it is packed
   Tier<SiluAttentionKernels> tier;
   std::int64_t rank;
   double scale;
@@ -69,7 +73,8 @@ struct Problem {
         batch(of_x.size(0)),
         number(x.number),
         wide(accumulators_of(number)),
-        how(choose_gemm(wide)),
+        how(choose_gemm_unpacked(number)),
+        halves(how.arithmetic->a_bytes < static_cast<std::int64_t>(bytes_of(wide))),
         tier(tier_for(silu_attention_kernels_tiers, wide == Number::float64)),
         scale(factor),
         activates(!key_is_activated) {
@@ -119,6 +124,7 @@ struct Problem {
     const GemmArithmetic& arithmetic = *how.arithmetic;
     const std::int64_t lanes = rows_of_a ? arithmetic.panel_rows : arithmetic.panel_cols;
     const std::int64_t bytes = rows_of_a ? arithmetic.a_panel_bytes(depth) : arithmetic.b_panel_bytes(depth);
+    const auto activate_panel = halves ? tier.kernels->activate_bfloat16 : tier.kernels->activate[index()];
     const auto pack = (rows_of_a ? arithmetic.pack_a : arithmetic.pack_b)[static_cast<int>(operand.number)];
     parallel_for(ceil_div(count, lanes), depth * lanes, [&](std::int64_t begin, std::int64_t end) {
       GemmOperand part = operand;
@@ -127,7 +133,7 @@ struct Problem {
       char* to = static_cast<char*>(panels) + begin * bytes;
       pack({part, std::min(end * lanes, count) - begin * lanes, depth, to, bytes, nullptr, false});
       for (std::int64_t panel = begin; activate && panel < end; ++panel, to += bytes)
-        tier.kernels->activate[index()](to, depth * lanes);
+        activate_panel(to, arithmetic.padded(depth) * lanes);
     });
   }
 
@@ -154,9 +160,14 @@ struct Problem {
     gemm(call);
   }
 
-  // A block's scores as A, or transposed as A of a sum over the block's rows.
-  GemmOperand scores_by_row(const void* scores) const { return {scores, wide, keys.rows, 1}; }
-  GemmOperand scores_by_key(const void* scores) const { return {scores, wide, 1, keys.rows}; }
+  // What products read of a block's scores: they themselves, or elements rounded from them.
+  Number number_of_scores() const { return halves ? number : wide; }
+  std::int64_t bytes_of_weights(std::int64_t rows) const {
+    return halves ? rows * keys.rows * static_cast<std::int64_t>(bytes_of(number)) : 0;
+  }
+  // As A, or transposed as A of a sum over the block's rows.
+  GemmOperand scores_by_row(const void* scores) const { return {scores, number_of_scores(), keys.rows, 1}; }
+  GemmOperand scores_by_key(const void* scores) const { return {scores, number_of_scores(), 1, keys.rows}; }
 };
 
 std::tuple<Tensor, Tensor> silu_attention(Tensor x, Tensor keys, Tensor values, double drop_ratio, bool key_is_activated,
@@ -174,7 +185,9 @@ std::tuple<Tensor, Tensor> silu_attention(Tensor x, Tensor keys, Tensor values, 
   const std::int64_t of_values = memory.add(p.cols_panel_bytes(p.values.cols, m));
   const std::int64_t of_queries = memory.add(p.rows_panel_bytes(most, p.x.cols));
   const std::int64_t of_scores = memory.add(most * m * p.wide_bytes());
+  const std::int64_t of_weights = memory.add(p.bytes_of_weights(most));
   memory.allocate();
+  void* weights = p.halves ? memory.at(of_weights) : nullptr;
   const Batch to(out, "out");
   for (std::int64_t sample = 0; sample < p.batch; ++sample) {
     p.pack(false, p.keys.by_row(sample, 0), m, p.x.cols, memory.at(of_keys), p.activates);
@@ -184,12 +197,12 @@ std::tuple<Tensor, Tensor> silu_attention(Tensor x, Tensor keys, Tensor values, 
       p.pack(true, p.x.by_row(sample, begin), count, p.x.cols, memory.at(of_queries), true);
       p.score(memory.at(of_queries), memory.at(of_keys), count, memory.at(of_scores));
       char* thresholds = static_cast<char*>(threshold.mutable_data_ptr()) + (sample * p.x.rows + begin) * p.wide_bytes();
-      const SiluAttentionSelect call{memory.at(of_scores), m, p.rank, scale, thresholds};
+      const SiluAttentionSelect call{memory.at(of_scores), weights, m, p.rank, scale, thresholds};
       parallel_for(count, m * selection_work, [&](std::int64_t first, std::int64_t last) {
         void* row = scratch(ScratchUse::rows, static_cast<std::size_t>(m * p.wide_bytes()));
         p.tier.kernels->select[p.index()](call, first, last, row);
       });
-      p.multiply(p.scores_by_row(memory.at(of_scores)), memory.at(of_values), count, p.values.cols, m, p.number,
+      p.multiply(p.scores_by_row(p.halves ? weights : memory.at(of_scores)), memory.at(of_values), count, p.values.cols, m, p.number,
                  to.at(sample, begin));
     }
   }
@@ -197,22 +210,25 @@ std::tuple<Tensor, Tensor> silu_attention(Tensor x, Tensor keys, Tensor values, 
   return {out, threshold};
 }
 
-// A gradient that is made in accumulators: in the output itself where that is their type, else in memory that is converted.
+// A gradient that is made in accumulators: in the output itself where that is their type, else in memory that is converted. One
+// that a single product gives is made in the output whatever its type (`whole`).
 class Gradient {
  public:
-  Gradient(const Problem& p, const Tensor& like, bool needed, std::int64_t most_rows, Workspace& memory)
+  Gradient(const Problem& p, const Tensor& like, bool needed, std::int64_t most_rows, bool whole, Workspace& memory)
       : needed(needed),
         tensor(needed ? new_tensor(like, {like.size(0), like.size(1), like.size(2)}, dtype_of(like))
                       : new_tensor(like, {0}, dtype_of(like))),
+        number(whole ? p.number : p.wide),
         rows_(like.size(1)),
         cols_(like.size(2)),
-        direct_(p.number == p.wide),
+        direct_(p.number == number),
         offset_(memory.add(needed && !direct_ ? most_rows * cols_ * p.wide_bytes() : 0)) {}
 
   const bool needed;
   Tensor tensor;
+  const Number number;  // that products give it in
 
-  void* accumulators(const Problem& p, const Workspace& memory, std::int64_t sample, std::int64_t row) const {
+  void* sums(const Problem& p, const Workspace& memory, std::int64_t sample, std::int64_t row) const {
     return direct_ ? to(p, sample, row) : memory.at(offset_);
   }
 
@@ -220,7 +236,7 @@ class Gradient {
   void finish(const Problem& p, const Workspace& memory, std::int64_t sample, std::int64_t row, std::int64_t count,
               const Batch* pre) const {
     if (direct_ && pre == nullptr) return;
-    const SiluAttentionGradient call{accumulators(p, memory, sample, row), pre == nullptr ? nullptr : pre->at(sample, row),
+    const SiluAttentionGradient call{sums(p, memory, sample, row), pre == nullptr ? nullptr : pre->at(sample, row),
                                      pre == nullptr ? 0 : pre->row_stride, to(p, sample, row), cols_};
     parallel_for(count, cols_, [&](std::int64_t begin, std::int64_t end) {
       p.tier.kernels->gradient[p.index()](call, begin, end);
@@ -233,9 +249,9 @@ class Gradient {
     return static_cast<char*>(tensor.mutable_data_ptr()) + (sample * rows_ + row) * cols_ * bytes;
   }
 
-  std::int64_t rows_, cols_;
-  bool direct_;
-  std::int64_t offset_;
+  const std::int64_t rows_, cols_;
+  const bool direct_;
+  const std::int64_t offset_;
 };
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor>;
@@ -266,16 +282,20 @@ Gradients silu_attention_backward(Tensor grad, Tensor x, Tensor keys, Tensor val
   const std::int64_t of_queries_by_channel = room(need_keys, p.cols_panel_bytes(d, most));
   const std::int64_t of_upstream = room(need_values, p.cols_panel_bytes(width, most));
   const std::int64_t of_scores = room(need_scores, most * m * p.wide_bytes());
-  const std::int64_t of_slopes = room(need_gradients, most * m * p.wide_bytes());
-  const Gradient grad_x(p, x, need_x, most, memory);
-  const Gradient grad_keys(p, keys, need_keys, m, memory), grad_values(p, values, need_values, m, memory);
+  const std::int64_t of_gradients = room(need_gradients, most * m * p.wide_bytes());
+  const std::int64_t of_weights = room(need_scores, p.bytes_of_weights(most));
+  const std::int64_t of_slopes = room(need_gradients, p.bytes_of_weights(most));
+  const Gradient grad_x(p, x, need_x, most, false, memory);
+  const bool one_block = p.blocks() == 1;
+  const Gradient grad_keys(p, keys, need_keys, m, one_block && !p.activates, memory);
+  const Gradient grad_values(p, values, need_values, m, one_block, memory);
   memory.allocate();
 
   // gradient (+)= a^T B over a block's rows, with B in panels.
   const auto sum_over_rows = [&](const Gradient& gradient, std::int64_t sample, const void* a, std::int64_t panels,
                                  std::int64_t cols, std::int64_t rows, bool first) {
-    void* sums = gradient.accumulators(p, memory, sample, 0);
-    GemmCall call = p.product(m, cols, rows, p.wide, sums);
+    void* sums = gradient.sums(p, memory, sample, 0);
+    GemmCall call = p.product(m, cols, rows, gradient.number, sums);
     call.a = p.scores_by_key(a);
     call.up.panels = memory.at(panels);
     call.residual = first ? nullptr : sums;
@@ -289,21 +309,23 @@ Gradients silu_attention_backward(Tensor grad, Tensor x, Tensor keys, Tensor val
     for (std::int64_t block = 0; block < p.blocks(); ++block) {
       const std::int64_t begin = p.begin_of(block), count = p.begin_of(block + 1) - begin;
       void* scores = need_scores ? memory.at(of_scores) : nullptr;
-      void* slopes = need_gradients ? memory.at(of_slopes) : nullptr;
+      void* gradients = need_gradients ? memory.at(of_gradients) : nullptr;
+      void* weights = p.halves ? memory.at(of_weights) : scores;
+      void* slopes = p.halves ? memory.at(of_slopes) : gradients;
       if (need_scores) {
         p.pack(true, p.x.by_row(sample, begin), count, d, memory.at(of_queries), true);
         p.score(memory.at(of_queries), memory.at(of_keys), count, scores);
       }
-      if (need_gradients) p.multiply(upstream.by_row(sample, begin), memory.at(of_values), count, m, width, p.wide, slopes);
+      if (need_gradients) p.multiply(upstream.by_row(sample, begin), memory.at(of_values), count, m, width, p.wide, gradients);
       const char* thresholds = static_cast<const char*>(threshold.const_data_ptr());
       thresholds += (sample * p.x.rows + begin) * p.wide_bytes();
-      const SiluAttentionMask call{scores, slopes, p.rank > 0 ? thresholds : nullptr, m, scale};
+      const SiluAttentionMask call{scores, gradients, p.halves ? weights : nullptr, p.halves ? slopes : nullptr, p.rank > 0 ? thresholds : nullptr, m, scale};
       parallel_for(count, m, [&](std::int64_t first, std::int64_t last) {
         p.tier.kernels->mask[p.index()](call, first, last);
       });
       if (need_x) {
-        p.multiply(p.scores_by_row(slopes), memory.at(of_keys_by_channel), count, d, m, p.wide,
-                   grad_x.accumulators(p, memory, sample, begin));
+        p.multiply(p.scores_by_row(slopes), memory.at(of_keys_by_channel), count, d, m, grad_x.number,
+                   grad_x.sums(p, memory, sample, begin));
         grad_x.finish(p, memory, sample, begin, count, &p.x);
       }
       if (need_keys) {
@@ -312,7 +334,7 @@ Gradients silu_attention_backward(Tensor grad, Tensor x, Tensor keys, Tensor val
       }
       if (need_values) {
         p.pack(false, upstream.by_col(sample, begin), width, count, memory.at(of_upstream), false);
-        sum_over_rows(grad_values, sample, scores, of_upstream, width, count, block == 0);
+        sum_over_rows(grad_values, sample, weights, of_upstream, width, count, block == 0);
       }
     }
     if (need_keys) grad_keys.finish(p, memory, sample, 0, m, p.activates ? &p.keys : nullptr);

@@ -86,11 +86,12 @@ inline A threshold_of(const typename Ordered<A>::Integer* values, int64_t count,
 }
 
 // --- forward --------------------------------------------------------------------------------------------------------------
-template <class T>
-void activate_in_place(void* accumulators, int64_t count) {
+// silu of what lies in panels as `Stored`, rounded to T.
+template <class T, class Stored = accumulator_t<T>>
+void activate_in_place(void* elements, int64_t count) {
   using A = accumulator_t<T>;
   using V = Vec<A>;
-  A* values = static_cast<A*>(accumulators);
+  Stored* values = static_cast<Stored*>(elements);
   T rounded[V::width];
   for_each_vector<A>(count, [&](int64_t i, int64_t lanes) {
     const typename V::Register value = activate<Activation::silu, A>(load_lanes<A>(values + i, lanes));
@@ -104,41 +105,65 @@ inline typename Vec<A>::Register kept(typename Vec<A>::Register threshold, typen
   return Vec<A>::select(Vec<A>::less_equal(threshold, score), Vec<A>::set(A(1)), Vec<A>::zero());
 }
 
-template <class A>
+// Stores results of a row: in the place of the accumulators, or as elements of T where there is room for them.
+template <class T>
+inline void put(accumulator_t<T>* accumulators, void* elements, int64_t at, typename Vec<accumulator_t<T>>::Register value,
+                int64_t lanes) {
+  if (elements == nullptr) {
+    store_lanes<accumulator_t<T>>(accumulators + at, value, lanes);
+  } else {
+    store_lanes<accumulator_t<T>>(static_cast<T*>(elements) + at, value, lanes);
+  }
+}
+
+template <class T>
+inline void* row_of(void* elements, int64_t row, int64_t keys) {
+  return elements == nullptr ? nullptr : static_cast<T*>(elements) + row * keys;
+}
+
+template <class T>
 void select(const SiluAttentionSelect& call, int64_t begin, int64_t end, void* scratch) {
+  using A = accumulator_t<T>;
   using V = Vec<A>;
   auto* ordered = static_cast<typename Ordered<A>::Integer*>(scratch);
   const typename V::Register scale = V::set(static_cast<A>(call.scale));
   for (int64_t row = begin; row < end; ++row) {
     A* scores = static_cast<A*>(call.scores) + row * call.keys;
+    void* weights = row_of<T>(call.weights, row, call.keys);
     A& threshold = static_cast<A*>(call.thresholds)[row];
-    for_each_vector<A>(call.keys, [&](int64_t i, int64_t lanes) {
-      store_lanes<A>(scores + i, load_lanes<A>(scores + i, lanes) * scale, lanes);
-    });
     if (call.rank == 0) {
+      for_each_vector<A>(call.keys, [&](int64_t i, int64_t lanes) {
+        put<T>(scores, weights, i, load_lanes<A>(scores + i, lanes) * scale, lanes);
+      });
       threshold = A(0);
       continue;
     }
+    for_each_vector<A>(call.keys, [&](int64_t i, int64_t lanes) {
+      store_lanes<A>(scores + i, load_lanes<A>(scores + i, lanes) * scale, lanes);
+    });
     for (int64_t i = 0; i < call.keys; ++i) ordered[i] = integer_of<A>(scores[i]);
     threshold = threshold_of<A>(ordered, call.keys, call.rank);
     const typename V::Register limit = V::set(threshold);
     for_each_vector<A>(call.keys, [&](int64_t i, int64_t lanes) {
       const typename V::Register score = load_lanes<A>(scores + i, lanes);
-      store_lanes<A>(scores + i, score * kept<A>(limit, score), lanes);
+      put<T>(scores, weights, i, score * kept<A>(limit, score), lanes);
     });
   }
 }
 
 // --- backward -------------------------------------------------------------------------------------------------------------
 // The scores are scaled as `select` scales them: they meet the threshold with the bits that it was chosen by.
-template <class A>
+template <class T>
 void mask(const SiluAttentionMask& call, int64_t begin, int64_t end) {
+  using A = accumulator_t<T>;
   using V = Vec<A>;
   using Register = typename V::Register;
   const Register scale = V::set(static_cast<A>(call.scale));
   for (int64_t row = begin; row < end; ++row) {
     A* scores = call.scores == nullptr ? nullptr : static_cast<A*>(call.scores) + row * call.keys;
     A* gradients = call.gradients == nullptr ? nullptr : static_cast<A*>(call.gradients) + row * call.keys;
+    void* weights = row_of<T>(call.weights, row, call.keys);
+    void* slopes = row_of<T>(call.slopes, row, call.keys);
     const bool drops = call.thresholds != nullptr;
     const Register limit = drops ? V::set(static_cast<const A*>(call.thresholds)[row]) : V::zero();
     for_each_vector<A>(call.keys, [&](int64_t i, int64_t lanes) {
@@ -146,9 +171,9 @@ void mask(const SiluAttentionMask& call, int64_t begin, int64_t end) {
       if (scores != nullptr) {
         const Register score = load_lanes<A>(scores + i, lanes) * scale;
         if (drops) keep = kept<A>(limit, score);
-        store_lanes<A>(scores + i, score * keep, lanes);
+        put<T>(scores, weights, i, score * keep, lanes);
       }
-      if (gradients != nullptr) store_lanes<A>(gradients + i, load_lanes<A>(gradients + i, lanes) * keep * scale, lanes);
+      if (gradients != nullptr) put<T>(gradients, slopes, i, load_lanes<A>(gradients + i, lanes) * keep * scale, lanes);
     });
   }
 }
@@ -173,13 +198,15 @@ void gradient(const SiluAttentionGradient& call, int64_t begin, int64_t end) {
 const SiluAttentionKernels silu_attention_kernels = {
 #if MMK_TIER_ID(MMK_TIER) == MMK_TIER_IS_generic
     {activate_in_place<float>, activate_in_place<bfloat16>, activate_in_place<float16>, activate_in_place<double>},
-    {select<float>, select<float>, select<float>, select<double>},
-    {mask<float>, mask<float>, mask<float>, mask<double>},
+    activate_in_place<bfloat16, bfloat16>,
+    {select<float>, select<bfloat16>, select<float16>, select<double>},
+    {mask<float>, mask<bfloat16>, mask<float16>, mask<double>},
     {gradient<float>, gradient<bfloat16>, gradient<float16>, gradient<double>},
 #else
     {activate_in_place<float>, activate_in_place<bfloat16>, activate_in_place<float16>, nullptr},
-    {select<float>, select<float>, select<float>, nullptr},
-    {mask<float>, mask<float>, mask<float>, nullptr},
+    activate_in_place<bfloat16, bfloat16>,
+    {select<float>, select<bfloat16>, select<float16>, nullptr},
+    {mask<float>, mask<bfloat16>, mask<float16>, nullptr},
     {gradient<float>, gradient<bfloat16>, gradient<float16>, nullptr},
 #endif
 };

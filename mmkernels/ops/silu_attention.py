@@ -20,6 +20,7 @@ from mmkernels.ops.entry import (
     stats_dtype,
     wants_gradient,
 )
+from mmkernels.ops.linear import matrix_tier
 from mmkernels.ops.packed_linear import DTYPES, cast
 from mmkernels.reference import silu_attention as reference
 
@@ -116,7 +117,7 @@ def _few_keys(arguments: backends.Arguments) -> str | None:
 
 
 BACKENDS = (
-    backends.cpu(backends.VECTOR_TIERS),
+    backends.cpu(backends.VECTOR_TIERS, tier_of=matrix_tier("keys")),
     backends.triton(backends.HALF_AND_SINGLE, extra=_few_keys),
     backends.REFERENCE,
 )
