@@ -214,16 +214,20 @@ def packed_call(
 @pytest.mark.parametrize("dtype", SINGLE_AND_HALF, ids=str)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(
-    ("lengths_q", "lengths_k", "gated"),
-    [((5, 130, 0, 64, 1, 20), (5, 390, 7, 0, 40, 20), True), ((300, 511, 1100, 3), (20, 300, 270, 40), False)],
-    ids=["short", "long"],
+    ("lengths_q", "lengths_k", "kv", "gated"),
+    [
+        ((5, 130, 0, 64, 1, 20), (5, 390, 7, 0, 40, 20), 2, True),
+        ((300, 511, 1100, 3), (20, 300, 270, 40), 2, False),
+        ((64, 1100, 9, 17), (64, 270, 50, 33), 4, False),
+    ],
+    ids=["short", "long", "short beside long, a head of k for every head"],
 )
 def test_packed_sequences_are_single_calls(
-    lengths_q: tuple[int, ...], lengths_k: tuple[int, ...], gated: bool, dtype: torch.dtype, causal: bool, isa: str
+    lengths_q: tuple[int, ...], lengths_k: tuple[int, ...], kv: int, gated: bool, dtype: torch.dtype, causal: bool, isa: str
 ) -> None:
     """Bit for bit: outputs, logarithms, gradients; sequences of one block of keys and of several, of none, of one; long
     ones, whose rows are split among threads where there are few of them (without a gate, whose gradient has one owner)."""
-    q, k, v, cu_q, cu_k = packed_call(lengths_q, lengths_k, dtype)
+    q, k, v, cu_q, cu_k = packed_call(lengths_q, lengths_k, dtype, kv)
     gate = drawn(k.size(0), 2, dtype=dtype, seed=4) if gated else None
     bias = drawn(len(lengths_q), 4, max(lengths_q), max(lengths_k), seed=5)
     more: dict[str, Any] = {"is_causal": causal, "causal_alignment": "bottom_right", "return_lse": True}
@@ -248,6 +252,41 @@ def test_packed_sequences_are_single_calls(
         zip((*call.of(together), *gradients(together, call)), (*call.of(singly), *gradients(singly, call)), strict=True)
     ):
         assert_same_bits(a + 0.0, b + 0.0, f"result {i}")  # torch's sums of slices' gradients make 0 of -0
+
+
+SHORT = (
+    (3, 2, 49, 49, 32, 32),
+    (2, 3, 16, 16, 64, 64),
+    (1, 2, 64, 33, 17, 31),
+    (2, 1, 5, 64, 80, 128),
+    (2, 2, 23, 7, 70, 6),
+)
+
+
+@pytest.mark.parametrize("dtype", SINGLE_AND_HALF, ids=str)
+@pytest.mark.parametrize("sizes", SHORT, ids=str)
+def test_short_sequences(sizes: tuple[int, ...], dtype: torch.dtype, isa: str) -> None:
+    """Up to 64 queries and keys have a walk of their own: keys of one to four vectors, channels beside whole ones, what is
+    added to scores the same for all, for a head or for none, heads side by side in memory or not."""
+    batch, count, len_q, len_k, dim, value_dim = sizes
+    q, k, _ = heads(batch, count, len_q, len_k, dim, dtype)
+    v = drawn(batch, count, len_k, value_dim, dtype=dtype, seed=2)
+    ids_q, ids_k = (drawn(batch, n, seed=6).gt(-0.5).int() for n in (len_q, len_k))
+    more: dict[str, dict[str, Any]] = {
+        "nothing": {},
+        "bias of heads": {"bias": drawn(1, count, len_q, len_k, dtype=dtype, seed=3)},
+        "bias of all": {"bias": drawn(len_q, len_k, seed=3), "scale": 0.4},
+        "bias of each": {"bias": drawn(batch, 1, len_q, len_k, seed=3), "mask": drawn(count, len_q, len_k, seed=4) > -0.5},
+        "mask of keys": {"mask": drawn(batch, 1, 1, len_k, seed=4) > -0.5},
+        "segments": {"segment_ids_q": ids_q, "segment_ids_k": ids_k},
+        "limits": {"limits": torch.arange(batch * len_q, dtype=torch.int32).reshape(batch, len_q) % (len_k + 1)},
+        "window": {"window_size": (3, 4), "is_causal": False},
+    }
+    for layout in (lambda x: x, lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)):
+        for name, kwargs in more.items():
+            every_row_sees = name in ("nothing", "bias of heads", "bias of all")
+            call = Call(tuple(layout(x) for x in (q, k, v)), {"return_lse": every_row_sees, **kwargs})
+            assert_equal_functions(mk.attention, reference.attention, call, f"{sizes} {name}", luck=4)
 
 
 TINY = ((9, 4, 16, 16, 6, 6), (19, 3, 16, 16, 10, 10), (8, 2, 5, 7, 64, 64), (17, 8, 12, 32, 6, 10), (8, 1, 16, 3, 3, 5))

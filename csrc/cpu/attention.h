@@ -141,6 +141,9 @@ inline bool is_tiny(const AttentionCall& call, bool backward) {
          call.segments_q.data == nullptr && call.head_scale == nullptr && call.bias.batch == 0 && call.mask.batch == 0;
 }
 
+// Of short sequences (attention_short.h), at most: tokens, and channels of a head.
+inline constexpr int64_t short_tokens = 64, short_channels = 128;
+
 // Whether matrix tiles, or products of pairs of bfloat16, make the products of a pair in fewer cycles than vectors, where the
 // processor has them: `rows` queries of all heads that share the pair's `keys` (attention_choice.cpp).
 bool tiles_pay(int64_t rows, int64_t keys, int64_t dim, int64_t value_dim);

@@ -3,8 +3,8 @@
 #include "attention_vectors.h"
 #if MMK_TIER_ID(MMK_TIER) == MMK_TIER_IS_amx
 #include "attention_tiles.h"
-#elif MMK_TIER_ID(MMK_TIER) == MMK_TIER_IS_avx512_bf16
-#include "attention_pairs.h"
+#elif MMK_TIER_ID(MMK_TIER) >= MMK_TIER_IS_avx512
+#include "attention_short.h"
 #endif
 
 namespace mmk::MMK_TIER {
@@ -77,21 +77,6 @@ class Forward {
   }
 
  private:
-  struct Item {
-    int64_t block;
-    Pair pair;
-
-    Item(const AttentionCall& call, int64_t number) {
-      if (call.batch_inside) {
-        block = number / call.batch % call.blocks;
-        pair = Pair(call, number % call.batch, number / call.batch / call.blocks);
-      } else {
-        block = number % call.blocks;
-        pair = Pair(call, number / call.blocks / call.kv_heads, number / call.blocks % call.kv_heads);
-      }
-    }
-  };
-
   // Rows [begin, end) of a pair as panels, whole ones but for the last. A few rows beyond the first vector of the last one are a
   // panel of their own, where Products has products for them that cost less than a second vector.
   struct Cut {
@@ -329,22 +314,37 @@ using ForwardBeyond = ForwardPairs;
 #endif
 
 int64_t forward_bytes(const AttentionCall& call) {
-  return most(Forward<bfloat16, ForwardBeyond>(call).bytes(), Forward<bfloat16, ForwardVectors<bfloat16>>(call).bytes());
+  const int64_t bytes = most(Forward<bfloat16, ForwardBeyond>(call).bytes(), Forward<bfloat16, ForwardVectors<bfloat16>>(call).bytes());
+#if MMK_TIER_ID(MMK_TIER) == MMK_TIER_IS_avx512_bf16
+  return most(bytes, ShortForward<bfloat16>(call).bytes());
+#else
+  return bytes;
+#endif
 }
 
 // Packed sequences choose one by one: those that the others do not take, vectors do.
 void forward(const AttentionCall& call, int64_t begin, int64_t end, void* scratch) {
+#if MMK_TIER_ID(MMK_TIER) == MMK_TIER_IS_avx512_bf16
+  ShortForward<bfloat16>(call).run(begin, end, scratch);
+#endif
   Forward<bfloat16, ForwardBeyond>(call).run(begin, end, scratch);
   Forward<bfloat16, ForwardVectors<bfloat16>>(call).run(begin, end, scratch);
 }
 #else
 template <class T>
 int64_t forward_bytes(const AttentionCall& call) {
-  return Forward<T, ForwardVectors<T>>(call).bytes();
+  const int64_t bytes = Forward<T, ForwardVectors<T>>(call).bytes();
+#if MMK_TIER_ID(MMK_TIER) == MMK_TIER_IS_avx512
+  if constexpr (sizeof(T) == sizeof(float)) return most(bytes, ShortForward<T>(call).bytes());
+#endif
+  return bytes;
 }
 
 template <class T>
 void forward(const AttentionCall& call, int64_t begin, int64_t end, void* scratch) {
+#if MMK_TIER_ID(MMK_TIER) == MMK_TIER_IS_avx512
+  if constexpr (sizeof(T) == sizeof(float)) ShortForward<T>(call).run(begin, end, scratch);
+#endif
   Forward<T, ForwardVectors<T>>(call).run(begin, end, scratch);
 }
 #endif

@@ -7,8 +7,8 @@
 #include "attention_vectors.h"
 #if MMK_TIER_ID(MMK_TIER) == MMK_TIER_IS_amx
 #include "attention_tiles.h"
-#elif MMK_TIER_ID(MMK_TIER) == MMK_TIER_IS_avx512_bf16
-#include "attention_pairs.h"
+#elif MMK_TIER_ID(MMK_TIER) >= MMK_TIER_IS_avx512
+#include "attention_short.h"
 #endif
 
 namespace mmk::MMK_TIER {
@@ -57,14 +57,12 @@ class Backward {
     memory = static_cast<A*>(scratch);
     products.begin(scratch);
     ahead.rows = reinterpret_cast<const void**>(memory + ahead_at);
-    const int64_t members = (back.group_batch ? call.batch : 1) * (back.group_heads ? call.kv_heads : 1);
-    const int64_t run_length = ceil_div(members, back.chunks);
+    const Members members(back);
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t split = task % back.splits, chunk = task / back.splits % back.chunks;
-      const int64_t group = task / back.splits / back.chunks;
-      for (int64_t m = chunk * run_length; m < least((chunk + 1) * run_length, members); ++m) {
-        const Pair pair = member(group, m), next = member(group, least(m + 1, members - 1));
-        if (Products::takes(call, pair)) run_pair(pair, next, chunk, split);
+      const Members::Run run = members.run(task);
+      for (int64_t m = run.begin; m < run.end; ++m) {
+        const Pair pair = members.pair(run.group, m);
+        if (Products::takes(call, pair)) run_pair(pair, members.next(task, run, m, end), run.chunk, run.split);
       }
     }
     products.end();
@@ -74,13 +72,6 @@ class Backward {
  private:
   // Whether a pair's keys are one block.
   static bool at_once(const Pair& pair) { return pair.len_k <= backward_keys; }
-
-  Pair member(int64_t group, int64_t m) const {
-    if (back.group_batch && back.group_heads) return Pair(call, m / call.kv_heads, m % call.kv_heads);
-    if (back.group_batch) return Pair(call, m, group);
-    if (back.group_heads) return Pair(call, group, m);
-    return Pair(call, group / call.kv_heads, group % call.kv_heads);
-  }
 
   // What `next` reads comes while a pair computes, `panels` of it.
   void look_ahead(const Pair& next, const Pair& pair, int64_t panels) {
@@ -447,20 +438,47 @@ using BackwardBeyond = BackwardPairs;
 }  // namespace
 
 int64_t attention_backward_bfloat16_bytes(const AttentionBackward& call) {
-  return most(Backward<bfloat16, BackwardBeyond>(call).bytes(), Backward<bfloat16, BackwardVectors<bfloat16>>(call).bytes());
+  const int64_t bytes = most(Backward<bfloat16, BackwardBeyond>(call).bytes(), Backward<bfloat16, BackwardVectors<bfloat16>>(call).bytes());
+#if MMK_TIER_ID(MMK_TIER) == MMK_TIER_IS_avx512_bf16
+  return most(bytes, ShortBackward<bfloat16>(call).bytes());
+#else
+  return bytes;
+#endif
 }
 
 // Packed sequences choose one by one: those that the others do not take, vectors do.
 void attention_backward_bfloat16(const AttentionBackward& call, int64_t begin, int64_t end, void* scratch) {
+#if MMK_TIER_ID(MMK_TIER) == MMK_TIER_IS_avx512_bf16
+  ShortBackward<bfloat16>(call).run(begin, end, scratch);
+#endif
   Backward<bfloat16, BackwardBeyond>(call).run(begin, end, scratch);
   Backward<bfloat16, BackwardVectors<bfloat16>>(call).run(begin, end, scratch);
 }
 #else
-#define MMK_ATTENTION_BACKWARD(type, name)                                                                                \
-  int64_t name##_bytes(const AttentionBackward& call) { return Backward<type, BackwardVectors<type>>(call).bytes(); }     \
-  void name(const AttentionBackward& call, int64_t begin, int64_t end, void* scratch) {                                   \
-    Backward<type, BackwardVectors<type>>(call).run(begin, end, scratch);                                                 \
-  }
+namespace {
+
+template <class T>
+int64_t backward_bytes(const AttentionBackward& call) {
+  const int64_t bytes = Backward<T, BackwardVectors<T>>(call).bytes();
+#if MMK_TIER_ID(MMK_TIER) == MMK_TIER_IS_avx512
+  if constexpr (sizeof(T) == sizeof(float)) return most(bytes, ShortBackward<T>(call).bytes());
+#endif
+  return bytes;
+}
+
+template <class T>
+void backward(const AttentionBackward& call, int64_t begin, int64_t end, void* scratch) {
+#if MMK_TIER_ID(MMK_TIER) == MMK_TIER_IS_avx512
+  if constexpr (sizeof(T) == sizeof(float)) ShortBackward<T>(call).run(begin, end, scratch);
+#endif
+  Backward<T, BackwardVectors<T>>(call).run(begin, end, scratch);
+}
+
+}  // namespace
+
+#define MMK_ATTENTION_BACKWARD(type, name)                                                                        \
+  int64_t name##_bytes(const AttentionBackward& call) { return backward_bytes<type>(call); }                      \
+  void name(const AttentionBackward& call, int64_t begin, int64_t end, void* scratch) { backward<type>(call, begin, end, scratch); }
 MMK_ATTENTION_BACKWARD(float, attention_backward_float32)
 MMK_ATTENTION_BACKWARD(bfloat16, attention_backward_bfloat16)
 MMK_ATTENTION_BACKWARD(float16, attention_backward_float16)

@@ -74,6 +74,63 @@ struct Pair {
   bool inside(int64_t index) const { return tokens == nullptr || tokens[index] >= 0; }
 };
 
+// Forward's items: a block of rows of a pair.
+struct Item {
+  int64_t block;
+  Pair pair;
+
+  Item(const AttentionCall& call, int64_t number) {
+    if (call.batch_inside) {
+      block = number / call.batch % call.blocks;
+      pair = Pair(call, number % call.batch, number / call.batch / call.blocks);
+    } else {
+      block = number % call.blocks;
+      pair = Pair(call, number / call.blocks / call.kv_heads, number / call.blocks % call.kv_heads);
+    }
+  }
+};
+
+// The pairs of backward's tasks: members of groups, a run of which one task takes.
+struct Members {
+  const AttentionBackward& back;
+  int64_t count, run_length;
+
+  struct Run {
+    int64_t group, chunk, split, begin, end;
+  };
+
+  explicit Members(const AttentionBackward& backward)
+      : back(backward),
+        count((back.group_batch ? back.call.batch : 1) * (back.group_heads ? back.call.kv_heads : 1)),
+        run_length(ceil_div(count, back.chunks)) {}
+
+  Run run(int64_t task) const {
+    const int64_t chunk = task / back.splits % back.chunks;
+    return {task / back.splits / back.chunks, chunk, task % back.splits, chunk * run_length, least((chunk + 1) * run_length, count)};
+  }
+
+  Pair pair(int64_t group, int64_t m) const {
+    const AttentionCall& call = back.call;
+    if (back.group_batch && back.group_heads) return Pair(call, m / call.kv_heads, m % call.kv_heads);
+    if (back.group_batch) return Pair(call, m, group);
+    if (back.group_heads) return Pair(call, group, m);
+    return Pair(call, group / call.kv_heads, group % call.kv_heads);
+  }
+
+  // The pair after member m of a task's run, as far as tasks up to `end` have one.
+  Pair next(int64_t task, const Run& of_task, int64_t m, int64_t end) const {
+    if (m + 1 < of_task.end || task + 1 == end) return pair(of_task.group, least(m + 1, of_task.end - 1));
+    const Run following = run(task + 1);
+    return pair(following.group, least(following.begin, count - 1));
+  }
+
+  // Whether `pairs` more lie ahead, one after the other.
+  bool lie_ahead(int64_t task, const Run& of_task, int64_t m, int64_t end, int64_t pairs) const {
+    if (count > 1) return back.group_batch && back.group_heads && m + pairs < of_task.end;
+    return back.splits == 1 && task + pairs < end;
+  }
+};
+
 // The rows of a panel: which head and query each lane is. Lanes beyond `count` repeat the first.
 template <class A>
 struct Panel {

@@ -14,6 +14,7 @@
 // Included by *.tier.cpp only, in the tier's own unnamed namespace as vec.h is, and only in files that are compiled with it.
 #pragma once
 #include "attention_factors.h"
+#include "attention_vectors.h"
 #include "core/lane_product.h"
 
 namespace mmk::MMK_TIER {
@@ -105,9 +106,15 @@ inline void pairs_to_lanes(int vectors, int64_t count, int64_t depth, bfloat16* 
   for (int v = 0; v < vectors; ++v) {
     const bfloat16* from[V::width];
     for (int i = 0; i < V::width; ++i) from[i] = v * V::width + i < count ? row(v * V::width + i) : nullptr;
+    bool all = true;
+    for (int i = 0; i < V::width; ++i) all = all && from[i];
     for (int64_t k = 0; k < depth; k += 32) {
       V::Register square[V::width];
-      for (int i = 0; i < V::width; ++i) square[i] = _mm512_castsi512_ps(load_elements(from[i], k, depth));
+      if (all && depth - k >= 32) {
+        for (int i = 0; i < V::width; ++i) square[i] = _mm512_castsi512_ps(_mm512_loadu_si512(from[i] + k));
+      } else {
+        for (int i = 0; i < V::width; ++i) square[i] = _mm512_castsi512_ps(load_elements(from[i], k, depth));
+      }
       V::transpose(square);
       const int64_t left = least(in_pairs(depth - k), V::width);
       bfloat16* out = to + k / 2 * panel_pairs + v * 32;
@@ -223,7 +230,7 @@ class ForwardPairs {
 
   static constexpr bool has_few = false;
   static bool takes_few(int64_t, const Pair&, const AttentionCall&) { return false; }
-  static bool takes(const AttentionCall& call, const Pair& pair) { return goes_beyond(call, pair); }
+  static bool takes(const AttentionCall& call, const Pair& pair) { return goes_beyond(call, pair) && !goes_short<bfloat16>(call, pair); }
 
   void begin(void* scratch) { memory = static_cast<float*>(scratch); }
   void end() {}
@@ -314,7 +321,7 @@ class BackwardPairs {
     gates_at = layout.take(c.gate ? c.len_k : 0);
   }
 
-  static bool takes(const AttentionCall& call, const Pair& pair) { return goes_beyond(call, pair); }
+  static bool takes(const AttentionCall& call, const Pair& pair) { return goes_beyond(call, pair) && !goes_short<bfloat16>(call, pair); }
 
   void begin(void* scratch) { memory = static_cast<float*>(scratch); }
   void end() {}

@@ -18,6 +18,24 @@ inline bool goes_beyond([[maybe_unused]] const AttentionCall& call, [[maybe_unus
 #endif
 }
 
+// Whether a pair goes to the walk over short sequences (attention_short.h) instead: where the call's scores need nothing but addends
+// between the products, and what the kernel for tiny sequences may take has no other order of sums.
+template <class T>
+inline bool goes_short(const AttentionCall& call, const Pair& pair) {
+  constexpr bool floats = MMK_TIER_ID(MMK_TIER) == MMK_TIER_IS_avx512 && sizeof(T) == sizeof(float);
+  constexpr bool pairs = MMK_TIER_ID(MMK_TIER) == MMK_TIER_IS_avx512_bf16;
+  if constexpr (!floats && !pairs) {
+    return false;
+  } else {
+    if (pairs && !goes_beyond(call, pair)) return false;
+    const bool tiny = pair.len_q <= tiny_rows && pair.len_k <= tiny_keys && call.dim + call.value_dim <= tiny_channels;
+    const bool plain = call.heads == call.kv_heads && call.normalise == 0 && !call.gate && call.softcap == 0 && call.dropout_p == 0 &&
+                       !call.head_scale && (!call.bias.data || (call.bias.row != 0 && call.bias.col == 1));
+    return plain && !tiny && pair.len_q > 4 && pair.len_q <= short_tokens && pair.len_k > 0 && pair.len_k <= short_tokens &&
+           call.dim <= short_channels && call.value_dim <= short_channels;
+  }
+}
+
 // `memory` is the thread's, where the parts begin that were taken of the layout.
 template <class T>
 class ForwardVectors {
@@ -39,7 +57,7 @@ class ForwardVectors {
     values_at = layout.take(c.len_k * c.value_dim);
   }
 
-  static bool takes(const AttentionCall& call, const Pair& pair) { return !goes_beyond(call, pair); }
+  static bool takes(const AttentionCall& call, const Pair& pair) { return !goes_beyond(call, pair) && !goes_short<T>(call, pair); }
   static constexpr bool has_few = true;
   static bool takes_few(int64_t rows, const Pair& pair, const AttentionCall& call) { return is_few<A>(rows, pair, call); }
 
@@ -183,7 +201,7 @@ class BackwardVectors {
     grad_panels_at = layout.take(panels * lanes * c.dim);
   }
 
-  static bool takes(const AttentionCall& call, const Pair& pair) { return !goes_beyond(call, pair); }
+  static bool takes(const AttentionCall& call, const Pair& pair) { return !goes_beyond(call, pair) && !goes_short<T>(call, pair); }
 
   void begin(void* scratch) { memory = static_cast<A*>(scratch); }
   void end() {}

@@ -1,4 +1,4 @@
-// Products of small matrices whose columns are the lanes of one or two vectors: C[i, lane] = sum_k A[i, k] B[k, lane], with A
+// Products of small matrices whose columns are the lanes of one vector or a few: C[i, lane] = sum_k A[i, k] B[k, lane], with A
 // and B where they lie. Nothing is packed, so a product pays from the first row on: this is the core of attention, whose
 // matrices are small, many and used once. Included by *.tier.cpp only, in the tier's own unnamed namespace as vec.h is.
 //
@@ -11,20 +11,20 @@
 namespace mmk::MMK_TIER {
 namespace {
 
-// The rows of A that one block of accumulators holds, beside one or two vectors of B and one broadcast element of A.
+// The rows of A that one block of accumulators holds, beside so many vectors of B and one broadcast element of A.
 #if MMK_TIER_ID(MMK_TIER) >= MMK_TIER_IS_avx512
-inline constexpr int pair_rows = 14, single_rows = 16;
+inline constexpr int rows_of_vectors[] = {0, 16, 14, 9, 6};
 #elif MMK_TIER_ID(MMK_TIER) == MMK_TIER_IS_avx2
-inline constexpr int pair_rows = 6, single_rows = 12;
+inline constexpr int rows_of_vectors[] = {0, 12, 6};
 #else
-inline constexpr int pair_rows = 6, single_rows = 10;
+inline constexpr int rows_of_vectors[] = {0, 10, 6};
 #endif
 
 // Steps of k between one look ahead and the next.
 inline constexpr int64_t ahead_steps = 8;
 
 // Looks that a product takes by two vectors of lanes.
-inline int64_t looks_of(int64_t rows, int64_t depth) { return ceil_div(rows, pair_rows) * (depth / ahead_steps); }
+inline int64_t looks_of(int64_t rows, int64_t depth) { return ceil_div(rows, rows_of_vectors[2]) * (depth / ahead_steps); }
 
 template <class A>
 struct LaneProduct {
@@ -91,7 +91,7 @@ inline void multiply_rows(const Product& p, int64_t first, int64_t count) {
 
 template <int vectors, bool unit_step, class Product>
 inline void multiply_lanes(const Product& p, int64_t rows) {
-  constexpr int most = vectors == 2 ? pair_rows : single_rows;
+  constexpr int most = rows_of_vectors[vectors];
   const int64_t blocks = ceil_div(rows, most);
   int64_t row = 0;
   for (int64_t block = 0; block < blocks; ++block) {

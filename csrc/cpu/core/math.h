@@ -75,7 +75,7 @@ inline typename Vec<A>::Register exp_of_negative(typename Vec<A>::Register x) {
 // log(x) of a positive normal number, one lane: x = 2^k m with m around 1, and log(m) = r + r^2 p(r), r = m - 1. Loops over
 // arrays of these become vectors by the compiler's own hand.
 inline double log_of_positive(double x) { return __builtin_log(x); }
-inline float log_of_positive(float x) {
+[[gnu::always_inline]] inline float log_of_positive(float x) {
   uint32_t bits;
   memcpy(&bits, &x, sizeof bits);
   const uint32_t centred = bits - 0x3f3504f3u;  // sqrt(1/2): m lies between it and its double
