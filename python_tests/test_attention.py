@@ -260,6 +260,7 @@ SHORT = (
     (1, 2, 64, 33, 17, 31),
     (2, 1, 5, 64, 80, 128),
     (2, 2, 23, 7, 70, 6),
+    (2, 70, 49, 49, 8, 16),  # too many heads for what is added to the scores of each to be kept
 )
 
 
@@ -287,6 +288,14 @@ def test_short_sequences(sizes: tuple[int, ...], dtype: torch.dtype, isa: str) -
             every_row_sees = name in ("nothing", "bias of heads", "bias of all")
             call = Call(tuple(layout(x) for x in (q, k, v)), {"return_lse": every_row_sees, **kwargs})
             assert_equal_functions(mk.attention, reference.attention, call, f"{sizes} {name}", luck=4)
+
+
+@pytest.mark.parametrize("dtype", SINGLE_AND_HALF, ids=str)
+def test_values_that_no_row_sees(dtype: torch.dtype, isa: str) -> None:
+    """Beyond the last row's diagonal they may be anything."""
+    q, k, v = heads(1, 2, 20, 40, 48, dtype)
+    v[:, :, 20:] = torch.nan
+    assert mk.attention(q, k, v, is_causal=True).isfinite().all()
 
 
 TINY = ((9, 4, 16, 16, 6, 6), (19, 3, 16, 16, 10, 10), (8, 2, 5, 7, 64, 64), (17, 8, 12, 32, 6, 10), (8, 1, 16, 3, 3, 5))

@@ -264,6 +264,23 @@ def test_any_grid(data: st.DataObject) -> None:
             )
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shift", [(0, 0), (3, 3)], ids=str)
+def test_windows_of_49_tokens_with_pads(shift: tuple[int, int], dtype: torch.dtype, isa: str) -> None:
+    """Swin's windows on a grid that they do not divide: outputs and gradients, of pads too, within the rule."""
+    more = {"window": (7, 7), "shift": shift, "num_heads": 2, "pad_value": rows(3 * 2 * 32, dtype=dtype, seed=6)}
+    call = Call((rows(2, 10, 12, 3 * 2 * 32, dtype=dtype), rows(positions((7, 7)), 2, dtype=dtype, seed=5)), more)
+    upstream = cotangents([call.of(reference.window_attention)])
+    ours, plain = mk.window_attention, reference.window_attention
+    for a, b, truth in zip(
+        (call.of(ours), *gradients(ours, call, upstream)),
+        (call.of(plain), *gradients(plain, call, upstream)),
+        (to_double(call).of(plain), *gradients(plain, to_double(call), upstream)),
+        strict=True,
+    ):
+        assert_within_rule(a, b, truth, f"shift {shift}", extra=4e-6 * max(1.0, truth.abs().max().item()))
+
+
 def test_windows_do_not_see_each_other(isa: str) -> None:
     """A NaN stays in its window."""
     x = rows(1, 8, 8, 3 * 4)

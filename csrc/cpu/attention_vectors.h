@@ -36,6 +36,12 @@ inline bool goes_short(const AttentionCall& call, const Pair& pair) {
   }
 }
 
+// Few rows read their keys and values as they lie, widened on the way.
+template <class A>
+inline bool reads_directly(const AttentionCall& call, const Pair& pair) {
+  return is_few<A>(pair.rows, pair, call) && !pair.tokens && pair.len_k > 0 && call.normalise == 0 && !call.gate;
+}
+
 // `memory` is the thread's, where the parts begin that were taken of the layout.
 template <class T>
 class ForwardVectors {
@@ -65,8 +71,7 @@ class ForwardVectors {
   void end() {}
 
   void stage(const Pair& pair) {
-    // Few rows read their keys once, as they lie.
-    direct = is_few<A>(pair.rows, pair, call) && !pair.tokens && pair.len_k > 0 && call.normalise == 0 && !call.gate;
+    direct = reads_directly<A>(call, pair);
     if (direct || pair.len_k == 0) return;
     stage_pair<A, T>(call, pair, memory + keys_at, memory + values_at, nullptr, keys, values);
   }
@@ -207,6 +212,8 @@ class BackwardVectors {
   void end() {}
 
   void stage_keys(const Pair& pair) {
+    direct = reads_directly<A>(call, pair);
+    if (direct) return;
     stage_pair<A, T>(call, pair, memory + keys_at, memory + values_at, memory + key_factors_at, keys, values);
   }
 
@@ -242,6 +249,7 @@ class BackwardVectors {
   void score(const Pair& pair, const Panel<A>& panel, int64_t row, int64_t first, int64_t last, A* to) {
     if (few(pair, panel)) {
       const A* queries = memory + query_rows_at + row * dim;
+      if (direct) return score_few<A>(pair.key<T>(call.k, first), call.k.row, last - first, queries, panel.count, call.dim, to);
       return score_few<A>(keys.data + first * keys.row, keys.row, last - first, queries, panel.count, call.dim, to);
     }
     score_panel<A, vectors>(keys, first, last, call.dim, memory + query_panels_at + row * call.dim, to, &ahead);
@@ -252,6 +260,7 @@ class BackwardVectors {
   void score_gradients(const Pair& pair, const Panel<A>& panel, int64_t row, int64_t first, int64_t last, A* to) {
     if (few(pair, panel)) {
       const A* upstream = memory + out_rows_at + row * value_dim;
+      if (direct) return score_few<A>(pair.key<T>(call.v, first), call.v.row, last - first, upstream, panel.count, call.value_dim, to);
       return score_few<A>(values.data + first * values.row, values.row, last - first, upstream, panel.count, call.value_dim, to);
     }
     score_panel<A, vectors>(values, first, last, call.value_dim, memory + out_panels_at + row * call.value_dim, to, &ahead);
@@ -262,6 +271,8 @@ class BackwardVectors {
   void weigh(const Pair& pair, const Panel<A>& panel, int64_t row, int64_t first, int64_t last, const A* grad) {
     A* sums = memory + grad_panels_at + row * call.dim;
     if (few(pair, panel)) {
+      if (direct)
+        return weigh_few<A>(pair.key<T>(call.k, first), call.k.row, last - first, grad, lanes, 1, panel.count, call.dim, true, sums);
       return weigh_few<A>(keys.data + first * keys.row, keys.row, last - first, grad, lanes, 1, panel.count, call.dim, true, sums);
     }
     weigh_panel<A, vectors>(keys, first, last, call.dim, grad, true, sums, &ahead);
@@ -299,6 +310,7 @@ class BackwardVectors {
   int64_t weights_at, grads_at, dropped_at, keys_at, values_at, key_factors_at, grad_keys_at, grad_values_at, query_rows_at,
       out_rows_at, query_panels_at, out_panels_at, grad_panels_at;
   A* memory = nullptr;
+  bool direct = false;
   Staged<A> keys{}, values{};
 };
 

@@ -9,7 +9,7 @@ namespace {
 using namespace hash_passes;
 
 // A product of every pair is cheaper than S where there are about as many keys as bits, and few queries to use S.
-constexpr bool by_pairs(std::int64_t queries, std::int64_t keys) { return queries <= 16 && keys <= 16; }
+constexpr bool by_pairs(std::int64_t queries, std::int64_t keys) { return queries <= 16 && keys <= hash_pair_keys; }
 
 // --- attention of codes ---------------------------------------------------------------------------------------------------
 Tensor hash_attention(Tensor v, Tensor codes_q, Tensor codes_k, std::int64_t bits, double offset, bool own) {
@@ -32,7 +32,7 @@ Tensor hash_attention(Tensor v, Tensor codes_q, Tensor codes_k, std::int64_t bit
     parallel_for(heads, queries.rows * keys.rows * values.cols / 4, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t head = begin; head < end; ++head)
         kernels.pairs[numbers.index]({state, queries.at(head), keys.at(head), queries.rows, keys.rows, values.at(head),
-                                      values.row_stride, offset, own, to + head * queries.rows * row_bytes});
+                                      values.row_stride, offset, own, has_vector_popcount(), to + head * queries.rows * row_bytes});
     });
     return out;
   }

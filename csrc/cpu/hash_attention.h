@@ -122,14 +122,17 @@ struct HashSlope {
 };
 
 // Few queries and keys: every pair by itself, its weight made of the bits that differ.
+inline constexpr int64_t hash_pair_keys = 16;
+
 struct HashPairs {
   HashState state;
   const int32_t *codes_q, *codes_k;
-  int64_t queries, keys;
+  int64_t queries, keys;  // keys: hash_pair_keys at most
   const void* v;
   int64_t stride;
   double offset;
   bool own;
+  bool vector_popcount;  // the processor counts the bits of a vector's words
   void* out;
 };
 

@@ -364,6 +364,26 @@ inline int bits_set(uint32_t word) {
 #endif
 }
 
+// How many of the `counted` bits differ between a query and each of the keys.
+inline void count_differences(const HashPairs& call, uint32_t query, uint32_t counted, int32_t (&to)[hash_pair_keys]) {
+  for (int64_t j = 0; j < call.keys; ++j) to[j] = bits_set((query ^ static_cast<uint32_t>(call.codes_k[j])) & counted);
+}
+
+#if MMK_TIER_ID(MMK_TIER) == MMK_TIER_IS_avx512 && !MMK_EMULATE_AVX512
+// The same by AVX512_VPOPCNTDQ, which is not the tier's own.
+[[gnu::target("avx512vpopcntdq")]] void count_differences_at_once(const HashPairs& call, uint32_t query, uint32_t counted,
+                                                                  int32_t (&to)[hash_pair_keys]) {
+  const __m512i keys = _mm512_maskz_loadu_epi32(static_cast<__mmask16>((1u << call.keys) - 1), call.codes_k);
+  const __m512i differences = _mm512_xor_si512(keys, _mm512_set1_epi32(static_cast<int32_t>(query)));
+  const __m512i kept = _mm512_and_si512(differences, _mm512_set1_epi32(static_cast<int32_t>(counted)));
+  _mm512_storeu_si512(to, _mm512_popcnt_epi32(kept));
+}
+#else
+inline void count_differences_at_once(const HashPairs& call, uint32_t query, uint32_t counted, int32_t (&to)[hash_pair_keys]) {
+  count_differences(call, query, counted, to);
+}
+#endif
+
 template <class T>
 void pairs(const HashPairs& call) {
   using A = accumulator_t<T>;
@@ -374,10 +394,19 @@ void pairs(const HashPairs& call) {
   const A offset = static_cast<A>(call.offset);
   for (int64_t n = 0; n < call.queries; ++n) {
     const uint32_t query = static_cast<uint32_t>(call.codes_q[n]);
+    int32_t differences[hash_pair_keys];
+    if (call.vector_popcount) {
+      count_differences_at_once(call, query, counted, differences);
+    } else {
+      count_differences(call, query, counted, differences);
+    }
     T* to = static_cast<T*>(call.out) + n * call.state.width;
-    A denominator = offset * static_cast<A>(call.keys);
-    for (int64_t j = 0; j < call.keys; ++j)
-      denominator += static_cast<A>(bits - 2 * bits_set((query ^ static_cast<uint32_t>(call.codes_k[j])) & counted));
+    A denominator = offset * static_cast<A>(call.keys), weights[hash_pair_keys];
+    for (int64_t j = 0; j < call.keys; ++j) {
+      weights[j] = static_cast<A>(bits - 2 * differences[j]);
+      denominator += weights[j];
+      if (!call.own || j == n) weights[j] += offset;
+    }
     const Register inverse = V::set(A(1) / denominator);
     each_block(call.state.width, [&]<bool whole>(int64_t at, int64_t cols) {
       const Block<A, whole> block{cols};
@@ -386,10 +415,8 @@ void pairs(const HashPairs& call) {
       for (int64_t v = 0; v < vectors; ++v) value[v] = V::zero();
       for (int64_t j = 0; j < call.keys; ++j) {
         const T* from = static_cast<const T*>(call.v) + j * call.stride + at;
-        A weight = static_cast<A>(bits - 2 * bits_set((query ^ static_cast<uint32_t>(call.codes_k[j])) & counted));
-        if (!call.own || j == n) weight += offset;
         for (int64_t v = 0; v < vectors; ++v)
-          value[v] = V::fma(V::set(weight), load_lanes<A>(from + v * V::width, block.lanes(v)), value[v]);
+          value[v] = V::fma(V::set(weights[j]), load_lanes<A>(from + v * V::width, block.lanes(v)), value[v]);
       }
       for (int64_t v = 0; v < vectors; ++v) store_lanes<A>(to + at + v * V::width, value[v] * inverse, block.lanes(v));
     });

@@ -55,6 +55,15 @@ bool has_vnni() {
 #endif
 }
 
+bool has_vector_popcount() {
+#if MMK_X86_TIERS && !MMK_EMULATE_AVX512
+  static const bool answer = __builtin_cpu_supports("avx512vpopcntdq");
+  return answer;
+#else
+  return false;
+#endif
+}
+
 bool has_bf16_pairs() {
 #if MMK_X86_TIERS && !MMK_EMULATE_AVX512
   static const bool offered = __builtin_cpu_supports("avx512bf16");

@@ -15,6 +15,9 @@ Isa best_isa();
 // Whether AVX-512 comes with its integer multiply-adds (VNNI), which processors with AMX always have.
 bool has_vnni();
 
+// AVX512_VPOPCNTDQ: the bits of 16 words counted at once. The AVX-512 tier takes it where it is there.
+bool has_vector_popcount();
+
 extern std::atomic<int> isa_in_force;
 
 inline Isa active_isa() {
