@@ -28,6 +28,15 @@ DEFAULT = {
 }
 
 
+# The same of tiny sequences, with their numbers of queries and keys.
+TINY_DEFAULT = {
+    ("sm_80", "bf16", 64, (16, 16), True),
+    ("sm_90", "bf16", 6, (16, 16), False),
+    ("sm_100", "fp32", 64, (32, 32), True),
+    ("gfx942", "bf16", 64, (5, 30), True),
+}
+
+
 @pytest.mark.parametrize(
     "dtype", ["float32", "bfloat16-brief", *(pytest.param(d, marks=pytest.mark.full) for d in ("bfloat16", "float16"))]
 )
@@ -142,3 +151,45 @@ def test_tiles_compile_and_fit(
     for name, kernel in compiled:
         with_matrix = name in WITH_DOTS and (dtype != "fp32" or target == "gfx942")
         assert_kernel_fits(name, kernel, target, with_matrix, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("target", "dtype", "channels", "length", "rich"),
+    [
+        pytest.param(*case, id="-".join(map(str, (*case[:3], *length, "rich" if rich else "plain"))), marks=marks)
+        for target in TARGETS
+        for dtype in DTYPES
+        for channels in (6, 32, 64)
+        for length in ((16, 16), (32, 32), (5, 30), (30, 5))
+        for rich in (False, True)
+        if (case := (target, dtype, channels, length, rich))
+        and (marks := [] if case in TINY_DEFAULT else [pytest.mark.full]) is not None
+    ],
+)
+def test_tiny_tiles_compile_and_fit(
+    target: str,
+    dtype: str,
+    channels: int,
+    length: tuple[int, int],
+    rich: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """The same of sequences so short that several share a tile."""
+    from mmkernels.triton import attention as launches
+
+    compiled = compiling(target, monkeypatch)
+
+    def new(*shape: int, kind: torch.dtype = DTYPES[dtype]) -> torch.Tensor:
+        return torch.zeros(shape, dtype=kind)
+
+    len_q, len_k = length
+    q, k, v = (new(9, 4, n, channels) for n in (len_q, len_k, len_k))
+    bias, mask = (new(1, 4, len_q, len_k), new(9, 1, len_q, len_k, kind=torch.bool)) if rich else (None, None)
+    args = (q, k, v, bias, mask, *(None,) * 7, 0.1, 0.0, 0.0, 3 if rich else -1, 0 if rich else -1, rich, 0, 0)
+    out, lse = launches.attention(*args)
+    launches.attention_backward(out, lse if rich else None, *args[:12], out, lse, *args[12:], rich, False)
+    names = {name for name, _ in compiled}
+    assert names == {"tiny_forward_kernel", "tiny_backward_kernel"} | ({"bias_kernel"} if rich else set())
+    for name, kernel in compiled:
+        assert_kernel_fits(name, kernel, target, dtype != "fp32" or target == "gfx942", tmp_path)

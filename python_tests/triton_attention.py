@@ -4,6 +4,8 @@ a check."""
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import sys
 from dataclasses import dataclass
 from itertools import accumulate
@@ -17,7 +19,15 @@ from triton_compare import compare, run
 from mmkernels.reference import attention as reference
 from mmkernels.triton import attention as launches
 
-SMALL_TILES = {"forward": (32, 32), "decode": (16, 32), "queries": (32, 32), "keys": (32, 32), "bias": (32, 32)}
+SMALL_TILES = {
+    "forward": (32, 32),
+    "decode": (16, 32),
+    "queries": (32, 32),
+    "keys": (32, 32),
+    "bias": (32, 32),
+    "tiny forward": (32, 32),
+    "tiny backward": (32, 32),
+}
 
 
 @dataclass
@@ -43,6 +53,7 @@ class Case:
     grad_lse: bool = False
     views: bool = False  # of one packed projection
     small_tiles: bool = True
+    tiny: bool = False  # whether several heads and sequences share a tile
     noise: float = 0.0  # beyond the rule, where a gradient is 0 because all weights of a row move together
 
 
@@ -125,9 +136,33 @@ CASES = {
         gate=True,
         dropout=0.2,
     ),
-    "no queries": Case(length=(0, 9)),
+    "tiny": Case(sizes=(3, 1, 1), length=(16, 16), channels=(6, 6), grad_lse=True, tiny=True),
+    "tiny, tiles of the table": Case(
+        sizes=(3, 3, 3), length=(16, 16), channels=(64, 64), small_tiles=False, grad_lse=True, tiny=True
+    ),
+    "tiny, one pair a tile": Case(sizes=(1, 3, 3), length=(17, 32), tiny=True),
+    "tiny, more keys": Case(sizes=(2, 2, 2), length=(5, 30), channels=(24, 40), small_tiles=False, tiny=True),
+    "tiny, more queries": Case(sizes=(3, 1, 1), length=(13, 3), channels=(40, 24), tiny=True),
+    "tiny, one key": Case(sizes=(3, 1, 1), length=(4, 1), noise=1e-6, tiny=True),
+    "tiny, causal": Case(sizes=(1, 3, 3), length=(9, 13), window=(-1, 0), tiny=True),
+    "tiny, causal, bottom right": Case(
+        sizes=(1, 3, 3), length=(12, 7), window=(-1, 0), bottom_right=True, grad_lse=True, tiny=True
+    ),
+    "tiny, window": Case(sizes=(3, 1, 1), length=(16, 16), window=(4, 2), tiny=True),
+    "tiny, bias 1HQK": Case(sizes=(3, 3, 3), length=(16, 11), bias="1HQK", window=(-1, 0), grad_lse=True, tiny=True),
+    "tiny, bias BHQK": Case(sizes=(3, 1, 1), length=(10, 16), bias="BHQK", tiny=True),
+    "tiny, bias 1H1K": Case(sizes=(1, 3, 3), length=(10, 16), bias="1H1K", float_bias=True, tiny=True),
+    "tiny, mask B11K": Case(sizes=(3, 1, 1), length=(16, 16), mask="B11K", grad_lse=True, tiny=True),
+    "tiny, mask 1HQK, bias QK": Case(sizes=(1, 3, 3), length=(7, 9), mask="1HQK", bias="QK", tiny=True),
+    "tiny, views": Case(sizes=(3, 3, 3), length=(16, 16), views=True, scale=-0.4, tiny=True),
+    "tiny, all that is for others": Case(
+        sizes=(3, 2, 1), length=(9, 11), bias="1HQK", limits="own", segments=True, gate=True, softcap=3.0, dropout=0.2
+    ),
+    "no queries": Case(length=(0, 9), tiny=True),
+    "no queries, groups": Case(sizes=(1, 4, 2), length=(0, 9)),
     "no keys": Case(length=(9, 0), bias="1HQK", gate=True, grad_lse=True),
-    "one query, no keys": Case(length=(1, 0)),
+    "no keys, tiny": Case(length=(9, 0), bias="1HQK", grad_lse=True, tiny=True),
+    "one query, no keys": Case(sizes=(1, 4, 2), length=(1, 0)),
     "no batch": Case(sizes=(0, 2, 2), bias="1HQK"),
     "packed": Case(sizes=(0, 2, 2), lengths=((20, 0, 37, 5), (45, 6, 0, 17)), grad_lse=True),
     "packed, causal": Case(lengths=((20, 1, 37), (20, 1, 37)), window=(-1, 0), sizes=(0, 4, 2)),
@@ -165,6 +200,8 @@ BRIEF = (
     "everything",
     "one query, groups",
     "packed, all of it",
+    "tiny, tiles of the table",
+    "tiny, bias 1HQK",
 )
 
 
@@ -234,6 +271,7 @@ def arguments(case: Case, dtype: torch.dtype) -> tuple[Any, ...]:
 
 def check(name: str, case: Case, dtype: torch.dtype) -> None:
     args = arguments(case, dtype)
+    assert launches._Call(*args).is_tiny == case.tiny, name
     out, lse = compare(launches.attention, reference.attention_op, args, f"forward {name}, {dtype}")
     assert (out if case.lengths is not None else out.transpose(1, 2)).is_contiguous() and lse.is_contiguous(), name
     generator = torch.Generator().manual_seed(1)
@@ -252,11 +290,11 @@ def check(name: str, case: Case, dtype: torch.dtype) -> None:
             assert_same_bits(first, second, f"{name}: without the gradients of bias and gate")
 
 
-def check_far_out(dtype: torch.dtype) -> None:
+def check_far_out(case: Case, dtype: torch.dtype) -> None:
     """Rows of a bias far below 0, down to the lowest float: uniform weights; and -inf, which hides."""
-    args = list(arguments(Case(), dtype))
+    args = list(arguments(case, dtype))
     rows = torch.tensor([0.0, -5000.0, torch.finfo(dtype).min, -torch.inf, -30000.0, 5000.0]).to(dtype)
-    args[3] = rows.repeat(7)[:37, None].expand(37, 45)
+    args[3] = rows.repeat(7)[: case.length[0], None].expand(case.length)
     out, lse = compare(launches.attention, reference.attention_op, tuple(args), f"forward far out, {dtype}")
     assert torch.equal(lse.isinf(), (args[3][:, 0] == -torch.inf).expand_as(lse))
     backward = (torch.ones_like(out), None, *args[:12], out, lse, *args[12:], False, False)
@@ -284,6 +322,40 @@ def check_bad_indices(dtype: torch.dtype) -> None:
     print("checked bad indices,", dtype)
 
 
+def before_the_end(x: Tensor) -> Tensor:
+    """A copy, behind which no memory can be read."""
+    room = -(-x.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    area = mmap.mmap(-1, room + mmap.PAGESIZE)
+    copy = torch.frombuffer(area, dtype=x.dtype, count=x.numel(), offset=room - x.nbytes).view(x.shape)
+    no_access = ctypes.CDLL(None).mprotect(ctypes.c_void_p(copy.data_ptr() + x.nbytes), mmap.PAGESIZE, 0)
+    assert no_access == 0
+    return copy.copy_(x)
+
+
+def check_tiny_apart(dtype: torch.dtype) -> None:
+    """Heads and sequences that share a tile: what is NaN in one stays there, and the last tile, which has room for one more,
+    reads no bias and no mask behind the last."""
+    args = list(arguments(Case(sizes=(3, 1, 1), length=(16, 16), bias="BHQK", mask="BHQK"), dtype))
+    args[3], args[4] = before_the_end(args[3]), before_the_end(args[4])
+
+    def both_ways() -> tuple[Tensor, ...]:
+        out, lse = launches.attention(*args)
+        backward = (torch.ones_like(out), None, *args[:12], out, lse, *args[12:], True, False)
+        return out, lse, *launches.attention_backward(*backward)[:4]
+
+    assert launches._Call(*args).is_tiny
+    good = both_ways()
+    for operand in range(3):
+        spoiled, args[operand] = args[operand], args[operand].clone()
+        args[operand][1, 0, 3] = float("nan")
+        bad = both_ways()
+        args[operand] = spoiled
+        assert bad[0][1].isnan().any()
+        for ours, theirs in zip(bad, good, strict=True):
+            assert_same_bits(ours[0::2], theirs[0::2], f"NaN beside, operand {operand}")
+    print("checked tiny apart,", dtype)
+
+
 table = launches._tile
 
 
@@ -298,6 +370,8 @@ for argument in sys.argv[1:]:
         launches._tile = small if CASES[name].small_tiles else table
         check(name, CASES[name], dtype)
     launches._tile = small
-    check_far_out(dtype)
+    check_far_out(Case(), dtype)
+    check_far_out(Case(length=(16, 11)), dtype)
     check_bad_indices(dtype)
+    check_tiny_apart(dtype)
 sys.exit(0)

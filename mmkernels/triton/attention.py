@@ -1,4 +1,5 @@
-"""Attention in Triton: how its kernels (attention_kernels.py, whose index glossary holds here too) are launched."""
+"""Attention in Triton: how its kernels are launched, those of attention_kernels.py, whose index glossary holds here too, and
+of attention_tiny.py."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from mmkernels.reference import attention as reference
 from mmkernels.triton import attention_kernels as kernels
 from mmkernels.triton import attention_launch as launch
+from mmkernels.triton import attention_tiny as tiny
 from mmkernels.triton.attention_launch import Tile
 
 _DECODE_ROWS = 16  # up to so many queries of one head of k, decoding kernels read its keys once for all of them
@@ -18,10 +20,13 @@ _PART_KEYS = 256  # of which a part of the keys has at least as many
 _PARTS = 64
 _PROGRAMS = 512  # more parts than fill a GPU are no use
 _DELTA_ROWS = 16
+_TINY_TOKENS = 32  # sequences of up to so many queries and keys share a tile with others
+_TINY_LACKS = ("cu_q", "limits", "segments_q", "gate", "softcap", "threshold")  # what their kernels do not take
 
 # (BLOCK_M, BLOCK_N, warps, stages): what spills nowhere and keeps within the shared memory of the small GPUs of a make,
 # 99 KiB of CUDA's and 64 KiB of AMD's (python_tests/test_triton_attention.py compiles all of it). By kind of kernel, for
-# heads of up to 64, 128 and 256 channels, each for calls without and for calls with what makes them rich.
+# heads of up to 64, 128 and 256 channels, each for calls without and for calls with what makes them rich. Sequences that are
+# tiny have tiles for up to 64 channels.
 _Tiles = dict[str, tuple[tuple[Tile, Tile], ...]]
 _CLASSES = (64, 128, 256)
 _RICH = ("bias", "mask", "limits", "segments_q", "gate", "softcap", "threshold")
@@ -54,6 +59,8 @@ _HALF: dict[str, _Tiles] = {
             ((32, 32, 8, 1), (16, 16, 8, 1)),
         ),
         "bias": _same((32, 32, 4, 1), (16, 32, 4, 1), (16, 32, 4, 1)),
+        "tiny forward": _same((64, 64, 4, 1)),
+        "tiny backward": _same((64, 64, 4, 1)),
     },
     "hip": {
         "forward": (
@@ -69,6 +76,8 @@ _HALF: dict[str, _Tiles] = {
             ((32, 32, 4, 1), (16, 32, 8, 1)),
         ),
         "bias": _same((64, 64, 4, 1), (64, 32, 4, 1), (32, 32, 4, 1)),
+        "tiny forward": _same((64, 64, 4, 1)),
+        "tiny backward": _same((64, 64, 4, 1)),
     },
 }
 _SINGLE: dict[str, _Tiles] = {
@@ -86,6 +95,8 @@ _SINGLE: dict[str, _Tiles] = {
             ((16, 16, 16, 1), (16, 16, 8, 1)),
         ),
         "bias": _same((16, 32, 8, 1), (32, 32, 8, 1), (16, 16, 16, 1)),
+        "tiny forward": _same((32, 32, 8, 1)),
+        "tiny backward": _same((32, 32, 8, 1)),
     },
     "hip": {
         "forward": _same((64, 32, 8, 1), (32, 32, 4, 1), (16, 32, 4, 1)),
@@ -93,6 +104,8 @@ _SINGLE: dict[str, _Tiles] = {
         "queries": _same((32, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
         "keys": _same((16, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
         "bias": _same((32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 4, 1)),
+        "tiny forward": _same((32, 32, 4, 1)),
+        "tiny backward": _same((32, 32, 4, 1)),
     },
 }
 
@@ -218,6 +231,34 @@ class _Call:
                 **self.arguments, **arguments, tiles=tiles, sequences=self.sequences, **blocks, **options
             )
 
+    @property
+    def is_tiny(self) -> bool:
+        """Whether there are tiles for several sequences each, and kernels for all that the call has."""
+        return (
+            max(self.len_q, self.len_k) <= _TINY_TOKENS
+            and max(self.channels) <= _CLASSES[0]
+            and self.group == 1
+            and all(self.arguments[name] is None for name in _TINY_LACKS)
+        )
+
+    def over_pairs(self, kernel: Any, kind: str, **arguments: Any) -> None:
+        """Launches a kernel whose programs own some heads of some sequences, all queries and keys of them."""
+        blocks, options = self.tile(kind)
+        slot_q, slot_k = launch.block(self.len_q), launch.block(self.len_k)
+        at_once = min(blocks.pop("BLOCK_M") // slot_q, blocks.pop("BLOCK_N") // slot_k)
+        pairs = self.sequences * self.heads
+        if pairs > 0:
+            kernel[(triton.cdiv(pairs, at_once),)](
+                **{name: self.arguments[name] for name in tiny.SHARED},
+                **arguments,
+                pairs=pairs,
+                PAIRS=at_once,
+                SLOT_Q=slot_q,
+                SLOT_K=slot_k,
+                **blocks,
+                **options,
+            )
+
     def over_rows(self, kernel: Any, rows: int, block: int, **arguments: Any) -> None:
         """Launches a kernel whose programs own rows of out, in the order of lse."""
         if rows > 0:
@@ -253,6 +294,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tens
     """The operator mmkernels::attention."""
     call = _Call(q, k, v, *rest)
     out, lse = call.new((*q.shape[:-1], v.size(-1))), call.floats(*q.shape[:-1])
+    if call.is_tiny:
+        call.over_pairs(tiny.tiny_forward_kernel, "tiny forward", out=_heads(out, call.packed), lse=_heads(lse, call.packed))
+        return out, lse
     if call.longest_q * call.group > _DECODE_ROWS:
         call.over_tokens(
             kernels.forward_kernel,
@@ -326,7 +370,8 @@ def attention_backward(
     grad_bias, grad_gate = small(need_bias, bias), small(need_gate, value_gate)
     delta = torch.empty_like(lse)
     exact = q.dtype == torch.float32
-    norm = torch.empty_like(lse) if exact or bias is not None else None
+    is_tiny, wants_bias = call.is_tiny, bias is not None and grad_bias.numel() > 0
+    norm = torch.empty_like(lse) if (wants_bias if is_tiny else exact or bias is not None) else None
     stats: dict[str, Any] = {
         "grad_out": _heads(grad_out, packed),
         "lse": _heads(lse, packed),
@@ -334,30 +379,29 @@ def attention_backward(
         "delta": _heads(delta, packed),
     }
     queries: dict[str, Any] = {**stats, "grad_lse": _heads(grad_lse, packed)}
-    if not exact:
-        call.over_rows(
-            kernels.delta_kernel,
-            lse.numel(),
-            _DELTA_ROWS,
-            grad_out=_flat(grad_out, packed),
-            out=_flat(out, packed),
-            grad_lse=grad_lse,
-            delta=delta,
-            BLOCK_M=_DELTA_ROWS,
+    of_keys: dict[str, Any] = {"grad_k": _heads(grad_k, packed), "grad_v": _heads(grad_v, packed)}
+    if is_tiny:
+        call.over_pairs(tiny.tiny_backward_kernel, "tiny backward", **queries, grad_q=_heads(grad_q, packed), **of_keys)
+    else:
+        if not exact:
+            call.over_rows(
+                kernels.delta_kernel,
+                lse.numel(),
+                _DELTA_ROWS,
+                grad_out=_flat(grad_out, packed),
+                out=_flat(out, packed),
+                grad_lse=grad_lse,
+                delta=delta,
+                BLOCK_M=_DELTA_ROWS,
+            )
+        if norm is not None:
+            call.over_tokens(kernels.queries_kernel, "queries", call.heads, **queries, grad_q=None, STATS=True)
+        call.over_tokens(
+            kernels.queries_kernel, "queries", call.heads, **queries, grad_q=_heads(grad_q, packed), STATS=False
         )
-    if norm is not None:
-        call.over_tokens(kernels.queries_kernel, "queries", call.heads, **queries, grad_q=None, STATS=True)
-    call.over_tokens(kernels.queries_kernel, "queries", call.heads, **queries, grad_q=_heads(grad_q, packed), STATS=False)
-    call.over_tokens(
-        kernels.keys_kernel,
-        "keys",
-        call.kv_heads,
-        **stats,
-        grad_k=_heads(grad_k, packed),
-        grad_v=_heads(grad_v, packed),
-        grad_gate=_heads(grad_gate, packed) if grad_gate.dim() > 1 else None,
-    )
-    if bias is not None and grad_bias.numel() > 0:
+        of_gate = _heads(grad_gate, packed) if grad_gate.dim() > 1 else None
+        call.over_tokens(kernels.keys_kernel, "keys", call.kv_heads, **stats, **of_keys, grad_gate=of_gate)
+    if bias is not None and wants_bias:
         blocks, options = call.tile("bias")
         batch, heads, size_q, size_k = _four(bias).shape
         tiles_q = 1 if size_q == 1 else triton.cdiv(size_q, blocks["BLOCK_M"])
