@@ -47,9 +47,9 @@ _HALF: dict[str, _Tiles] = {
 }
 _SINGLE: dict[str, _Tiles] = {
     "cuda": {
-        "forward": ((32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
-        "whole": ((32, 32, 8, 1),),
-        "queries": ((32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 4, 1), (16, 16, 16, 1)),
+        "forward": ((32, 32, 8, 1), (16, 64, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
+        "whole": ((32, 32, 4, 1),),
+        "queries": ((32, 16, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
         "keys": ((16, 32, 4, 1), (16, 32, 8, 1), (16, 16, 8, 1), (16, 16, 16, 1)),
         "pairs": ((32, 32, 4, 1), (16, 32, 8, 1), (16, 16, 8, 1), (16, 16, 16, 1)),
     },
@@ -269,7 +269,9 @@ def window_attention_backward(
         norm, delta = torch.empty_like(lse), torch.empty_like(lse)
         stats = {name: call.by_place(x) for name, x in (("lse", lse), ("norm", norm), ("delta", delta))}
         stats["grad_out"] = upstream
-        call.launch(kernels.queries_kernel, "queries", rows, **stats, grad_q=grad_q, of_pads=of_pads, of_scale=of_scale)
+        of_queries = {**stats, "grad_q": grad_q, "of_pads": of_pads, "of_scale": of_scale}
+        for first, last in ((0, 0), (1, 1)) if qkv.dtype == torch.float32 else ((0, 1),):
+            call.launch(kernels.queries_kernel, "queries", rows, **of_queries, FIRST=first, LAST=last)
         call.launch(kernels.keys_kernel, "keys", call.windows * call.blocks("keys"), **stats, grad_k=grad_k, grad_v=grad_v)
         if of_table is not None:
             call.launch(kernels.pairs_kernel, kind, parts * programs // call.heads, **sums_over, **stats, of_table=of_table)

@@ -294,11 +294,13 @@ def queries_kernel(
     grad_out, q, k, v, lse, norm, delta, grad_q, of_pads, of_scale, pad_q, pad_k, pad_v, table, head_scale,
     places, by_sample, heads, scale, norm_eps, mask_value,
     BIAS_WINDOW: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, SHIFTED: tl.constexpr, D: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
-    """One program adds up grad_q of BLOCK_M places of a window in one head, in its second pass over the keys; in the first
-    norm = 1 / sum(p), which makes up for the rounding of lse, and delta = sum(p dp), for all kernels.
+    """One program adds up grad_q of BLOCK_M places of a window in one head, in its pass 1 over the keys; in pass 0 norm =
+    1 / sum(p), which makes up for the rounding of lse, and delta = sum(p dp), for all kernels. A launch makes the passes
+    from FIRST to LAST: in float32 one of them, as registers do not suffice for both.
     Grid: (windows * blocks of places * heads,), each of windows * blocks one part of what pads and head_scale get."""
+    EXACT: tl.constexpr = q[0].dtype.element_ty == tl.float32
     head = tl.program_id(0) % heads
     part = tl.program_id(0) // heads
     window = part // tl.cdiv(N, BLOCK_M)
@@ -311,14 +313,18 @@ def queries_kernel(
     factor = _factor(head_scale, head, scale)
     position_q = _column(_positions(i, table, BIAS_WINDOW))
     of_rows = lse_of(lse, window, head, i, inside, 1, False)
-    norm_rows = tl.full((BLOCK_M, 1), 1.0, tl.float32)
+    if FIRST == 0:
+        norm_rows = tl.full((BLOCK_M, 1), 1.0, tl.float32)
+        weighted = tl.zeros((BLOCK_M,), tl.float32)
+    else:
+        norm_rows = per_token(norm, window, head, i, inside, 1)
+        weighted = tl.load(address(delta, window, head, i), mask=inside, other=0.0)
     total = tl.zeros((BLOCK_M,), tl.float32)
-    weighted = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     scale_sums = tl.zeros((BLOCK_M,), tl.float32)
     pad_weights = tl.zeros((BLOCK_M,), tl.float32)
     pad_slopes = tl.zeros((BLOCK_M,), tl.float32)
-    for again in tl.static_range(2):
+    for turn in tl.static_range(FIRST, LAST + 1):
         for start in range(0, N, BLOCK_N):
             j = start + tl.arange(0, BLOCK_N)
             inside_k, exists_k, token_k, region_k = _places(places, window, j, by_sample, N)
@@ -326,6 +332,8 @@ def queries_kernel(
             values = _load(v, pad_v, b, head, token_k, inside_k, exists_k, D, BLOCK_D)
             inverse_k = _inverse_length(keys, norm_eps)
             products = tl.dot(own_q, tl.trans(keys), input_precision="ieee")
+            if EXACT:  # sooner than it is needed: later, registers spill
+                dp = tl.dot(upstream, tl.trans(values), input_precision="ieee")
             visible = inside[:, None] & inside_k[None, :]
             bias = _bias(table, head, position_q, _row(_positions(j, table, BIAS_WINDOW)), visible, ROWS)
             s, products = _scores(
@@ -333,8 +341,9 @@ def queries_kernel(
                 SHIFTED,
             )  # fmt: skip
             p = weights_of(s, of_rows, norm_rows, False)
-            dp = tl.dot(upstream, tl.trans(values), input_precision="ieee")
-            if again == 0:
+            if not EXACT:
+                dp = tl.dot(upstream, tl.trans(values), input_precision="ieee")
+            if turn == 0:
                 total += tl.sum(p, 1)
                 weighted += tl.sum(p * dp, 1)
             else:
@@ -346,23 +355,27 @@ def queries_kernel(
                     pad_weights += tl.sum(tl.where(pads, p, 0.0), 1)
                     pad_slopes += tl.sum(tl.where(pads, ds, 0.0), 1)
                 acc = tl.dot(ds.to(keys.dtype), _unit(keys, inverse_k), acc, input_precision="ieee")
-        if again == 0:
+        if turn == 0:
             norms = 1.0 / tl.where(total == 0.0, 1.0, total)
             weighted *= norms
             tl.store(address(norm, window, head, i), norms, mask=inside)
             tl.store(address(delta, window, head, i), weighted, mask=inside)
             norm_rows = norms[:, None]
-    acc = _through_norm(acc * factor, own_q, inverse_q, norm_eps)
-    store_rows(address(grad_q, b, head, token), exists, acc, grad_q[0].dtype.element_ty, D, BLOCK_D)
-    if of_scale is not None:
-        tl.store(of_scale + part.to(tl.int64) * heads + head, tl.sum(scale_sums, 0))
-    if of_pads is not None:
-        units = own_q.to(tl.float32)
-        if inverse_q is not None:
-            units *= inverse_q[:, None]
-        of_key = tl.sum(pad_slopes[:, None] * units, 0) * factor
-        of_value = tl.sum(pad_weights[:, None] * upstream.to(tl.float32), 0)
-        _store_pads(of_pads, of_key, of_value, part, heads, head, pad_k, norm_eps, D, BLOCK_D)
+    if LAST == 1:
+        acc = _through_norm(acc * factor, own_q, inverse_q, norm_eps)
+        store_rows(address(grad_q, b, head, token), exists, acc, grad_q[0].dtype.element_ty, D, BLOCK_D)
+        if of_scale is not None:
+            tl.store(of_scale + part.to(tl.int64) * heads + head, tl.sum(scale_sums, 0))
+        if of_pads is not None:
+            if EXACT:  # read again, behind a store, rather than held in registers, of which the loops leave none
+                upstream = load_rows(address(grad_out, b, head, token), exists, D, BLOCK_D, True)
+                own_q = _load(q, pad_q, b, head, token, inside, exists, D, BLOCK_D)
+            units = own_q.to(tl.float32)
+            if inverse_q is not None:
+                units *= inverse_q[:, None]
+            of_key = tl.sum(pad_slopes[:, None] * units, 0) * factor
+            of_value = tl.sum(pad_weights[:, None] * upstream.to(tl.float32), 0)
+            _store_pads(of_pads, of_key, of_value, part, heads, head, pad_k, norm_eps, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=_SIZES)
