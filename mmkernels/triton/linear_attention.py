@@ -369,7 +369,7 @@ _ELEMENTS = 256
 # takes, by the make of the GPU (python_tests/test_triton_linear_attention.py compiles all of it).
 _Tile = tuple[int, int, dict[str, int]]
 _HALF: dict[str, _Tile] = {"cuda": (32, 8, {"queries_kernel": 4}), "hip": (32, 4, {})}
-_SINGLE: dict[str, _Tile] = {"cuda": (16, 8, {}), "hip": (16, 8, {})}
+_SINGLE: dict[str, _Tile] = {"cuda": (16, 8, {"keys_backward_kernel": 4}), "hip": (16, 8, {})}
 _MOST_VALUES = 32  # channels of v whose sums, or gradients, are at hand
 
 
