@@ -218,9 +218,10 @@ def packed_call(
     [
         ((5, 130, 0, 64, 1, 20), (5, 390, 7, 0, 40, 20), 2, True),
         ((300, 511, 1100, 3), (20, 300, 270, 40), 2, False),
-        ((64, 1100, 9, 17), (64, 270, 50, 33), 4, False),
+        ((64, 1100), (64, 270), 4, False),  # few pairs: rows of the long one are split
+        ((17, 64, 9), (33, 64, 50), 4, False),
     ],
-    ids=["short", "long", "short beside long, a head of k for every head"],
+    ids=["short", "long", "short beside long, a head of k for every head", "short, a head of k for every head"],
 )
 def test_packed_sequences_are_single_calls(
     lengths_q: tuple[int, ...], lengths_k: tuple[int, ...], kv: int, gated: bool, dtype: torch.dtype, causal: bool, isa: str
@@ -288,6 +289,8 @@ def test_short_sequences(sizes: tuple[int, ...], dtype: torch.dtype, isa: str) -
             every_row_sees = name in ("nothing", "bias of heads", "bias of all")
             call = Call(tuple(layout(x) for x in (q, k, v)), {"return_lse": every_row_sees, **kwargs})
             assert_equal_functions(mk.attention, reference.attention, call, f"{sizes} {name}", luck=4)
+        sums = mk.attention(*call.args, **more["limits"], return_lse=True)[1]
+        assert torch.equal(sums.isneginf(), (more["limits"]["limits"] == 0)[:, None].expand_as(sums))
 
 
 @pytest.mark.parametrize("dtype", SINGLE_AND_HALF, ids=str)

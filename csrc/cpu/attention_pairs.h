@@ -321,7 +321,7 @@ class BackwardPairs {
     gates_at = layout.take(c.gate ? c.len_k : 0);
   }
 
-  static bool takes(const AttentionCall& call, const Pair& pair) { return goes_beyond(call, pair) && !goes_short<bfloat16>(call, pair); }
+  static bool takes(const AttentionCall& call, const Pair& pair) { return goes_beyond(call, pair) && !goes_short<bfloat16, true>(call, pair); }
 
   void begin(void* scratch) { memory = static_cast<float*>(scratch); }
   void end() {}

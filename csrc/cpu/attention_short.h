@@ -406,7 +406,7 @@ class ShortAddends {
 
 // --- the walks ----------------------------------------------------------------------------------------------------------
 // What forward and backward share: where operands lie, and their products.
-template <class T>
+template <class T, bool backward>
 class ShortOperands {
  protected:
   using V = Vec<float>;
@@ -438,7 +438,7 @@ class ShortOperands {
     for (const auto& operands : {of_keys, of_queries})
       for (const AttentionOperand& operand : operands) side_by_side = side_by_side && operand.head == call.dim;
     const Pair other = side_by_side ? Pair(call, pair.b + 1, 0) : next;
-    if ((other.b == pair.b && other.h == pair.h) || !goes_short<T>(call, other)) return;
+    if ((other.b == pair.b && other.h == pair.h) || !goes_short<T, backward>(call, other)) return;
     ahead.bytes = (side_by_side ? heads * call.dim : most(call.dim, call.value_dim)) * bytes;
     const auto add = [&](const AttentionOperand& operand, int64_t count, int64_t first) {
       const int64_t begin = side_by_side ? count * pair.h / heads : 0, end = side_by_side ? count * (pair.h + 1) / heads : count;
@@ -522,8 +522,8 @@ class ShortOperands {
 };
 
 template <class T>
-class ShortForward : ShortOperands<T> {
-  using Base = ShortOperands<T>;
+class ShortForward : ShortOperands<T, false> {
+  using Base = ShortOperands<T, false>;
   using V = Vec<float>;
   using Register = V::Register;
   using Places = typename Base::Places;
@@ -649,8 +649,8 @@ class ShortForward : ShortOperands<T> {
 // Weights are made again from the logarithms of their sums, as attention_backward.tier.cpp has it of a pair whose keys are at hand
 // at once.
 template <class T>
-class ShortBackward : ShortOperands<T> {
-  using Base = ShortOperands<T>;
+class ShortBackward : ShortOperands<T, true> {
+  using Base = ShortOperands<T, true>;
   using V = Vec<float>;
   using Register = V::Register;
   using Places = typename Base::Places;
@@ -675,7 +675,7 @@ class ShortBackward : ShortOperands<T> {
   int64_t bytes() const { return layout.end * static_cast<int64_t>(sizeof(float)); }
 
   void run(int64_t begin, int64_t end, void* scratch) {
-    if (!call.cu_q && !goes_short<T>(call, Pair(call, 0, 0))) return;
+    if (!call.cu_q && !goes_short<T, true>(call, Pair(call, 0, 0))) return;
     Base::begin(scratch);
     const Members members(back);
     for (int64_t task = begin; task < end; ++task) {
@@ -683,7 +683,7 @@ class ShortBackward : ShortOperands<T> {
       if (run.split > 0) continue;  // a short pair's rows are one part
       for (int64_t m = run.begin; m < run.end; ++m) {
         const Pair pair = members.pair(run.group, m);
-        if (!goes_short<T>(call, pair)) continue;
+        if (!goes_short<T, true>(call, pair)) continue;
         this->look_ahead(pair, members.next(task, run, m, end), members.lie_ahead(task, run, m, end, call.heads),
                          {call.k, call.v}, {call.q, back.grad_out});
         run_pair(pair, run.chunk);

@@ -19,8 +19,9 @@ inline bool goes_beyond([[maybe_unused]] const AttentionCall& call, [[maybe_unus
 }
 
 // Whether a pair goes to the walk over short sequences (attention_short.h) instead: where the call's scores need nothing but addends
-// between the products, and what the kernel for tiny sequences may take has no other order of sums.
-template <class T>
+// between the products, and what the kernel for tiny sequences may take has no other order of sums. Forward, floats of few queries
+// are as fast the other way.
+template <class T, bool backward = false>
 inline bool goes_short(const AttentionCall& call, const Pair& pair) {
   constexpr bool floats = MMK_TIER_ID(MMK_TIER) == MMK_TIER_IS_avx512 && sizeof(T) == sizeof(float);
   constexpr bool pairs = MMK_TIER_ID(MMK_TIER) == MMK_TIER_IS_avx512_bf16;
@@ -28,6 +29,7 @@ inline bool goes_short(const AttentionCall& call, const Pair& pair) {
     return false;
   } else {
     if (pairs && !goes_beyond(call, pair)) return false;
+    if (floats && !backward && pair.len_q <= 16) return false;
     const bool tiny = pair.len_q <= tiny_rows && pair.len_k <= tiny_keys && call.dim + call.value_dim <= tiny_channels;
     const bool plain = call.heads == call.kv_heads && call.normalise == 0 && !call.gate && call.softcap == 0 && call.dropout_p == 0 &&
                        !call.head_scale && (!call.bias.data || (call.bias.row != 0 && call.bias.col == 1));
@@ -206,7 +208,7 @@ class BackwardVectors {
     grad_panels_at = layout.take(panels * lanes * c.dim);
   }
 
-  static bool takes(const AttentionCall& call, const Pair& pair) { return !goes_beyond(call, pair) && !goes_short<T>(call, pair); }
+  static bool takes(const AttentionCall& call, const Pair& pair) { return !goes_beyond(call, pair) && !goes_short<T, true>(call, pair); }
 
   void begin(void* scratch) { memory = static_cast<A*>(scratch); }
   void end() {}
