@@ -226,6 +226,26 @@ def test_placement_is_the_docstrings(pad_first: bool) -> None:
     assert source.tolist() == pads and region.tolist() == [[0, 0, 0, 0], [1, 1, 2, 2]]
 
 
+def assert_within_rule_of_reference(call: Call, what: str, luck: float = 4e-6) -> None:
+    """Outputs and gradients; `luck` as in assert_equal_functions of test_attention.py, of the largest of each."""
+    upstream = cotangents([call.of(reference.window_attention)])
+    ours, plain = mk.window_attention, reference.window_attention
+    for a, b, truth in zip(
+        (call.of(ours), *gradients(ours, call, upstream)),
+        (call.of(plain), *gradients(plain, call, upstream)),
+        (to_double(call).of(plain), *gradients(plain, to_double(call), upstream)),
+        strict=True,
+    ):
+        if a is not None:
+            assert_within_rule(
+                a,
+                b,
+                truth,
+                what,
+                extra=(luck if a.dtype != call.args[0].dtype else 4e-6) * max(1.0, truth.abs().max().item()),
+            )
+
+
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_any_grid(data: st.DataObject) -> None:
@@ -247,21 +267,9 @@ def test_any_grid(data: st.DataObject) -> None:
         if channels > 1:  # the norm of one number is its sign, whose gradient is nothing but rounding
             more["qk_norm"] = "l2"
     call = Call((rows(2, *grid, 3 * heads * channels, dtype=dtype), table), more)
-    upstream = cotangents([call.of(reference.window_attention)])
-    ours, plain = mk.window_attention, reference.window_attention
-    for a, b, truth in zip(
-        (call.of(ours), *gradients(ours, call, upstream)),
-        (call.of(plain), *gradients(plain, call, upstream)),
-        (to_double(call).of(plain), *gradients(plain, to_double(call), upstream)),
-        strict=True,
-    ):
-        if a is not None:
-            # A float32 gradient beside half precision comes of numbers in half precision; where few are summed up, or they
-            # cancel, which of two formulas has the luck is no matter.
-            luck = 2 * torch.finfo(dtype).eps if a.dtype != dtype else 4e-6
-            assert_within_rule(
-                a, b, truth, f"{grid} in windows of {window}", extra=luck * max(1.0, truth.abs().max().item())
-            )
+    # A float32 gradient beside half precision comes of numbers in half precision; where few are summed up, or they cancel,
+    # which of two formulas has the luck is no matter.
+    assert_within_rule_of_reference(call, f"{grid} in windows of {window}", luck=2 * torch.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -270,15 +278,7 @@ def test_windows_of_49_tokens_with_pads(shift: tuple[int, int], dtype: torch.dty
     """Swin's windows on a grid that they do not divide: outputs and gradients, of pads too, within the rule."""
     more = {"window": (7, 7), "shift": shift, "num_heads": 2, "pad_value": rows(3 * 2 * 32, dtype=dtype, seed=6)}
     call = Call((rows(2, 10, 12, 3 * 2 * 32, dtype=dtype), rows(positions((7, 7)), 2, dtype=dtype, seed=5)), more)
-    upstream = cotangents([call.of(reference.window_attention)])
-    ours, plain = mk.window_attention, reference.window_attention
-    for a, b, truth in zip(
-        (call.of(ours), *gradients(ours, call, upstream)),
-        (call.of(plain), *gradients(plain, call, upstream)),
-        (to_double(call).of(plain), *gradients(plain, to_double(call), upstream)),
-        strict=True,
-    ):
-        assert_within_rule(a, b, truth, f"shift {shift}", extra=4e-6 * max(1.0, truth.abs().max().item()))
+    assert_within_rule_of_reference(call, f"shift {shift}")
 
 
 def test_windows_do_not_see_each_other(isa: str) -> None:

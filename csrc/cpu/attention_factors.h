@@ -1,19 +1,11 @@
 // Of the walks that multiply keys and values in bfloat16 as they came (attention_tiles.h, attention_pairs.h): what belongs
-// to a key beside them, in float32, and which keys count. Included by *.tier.cpp only, in the tier's own unnamed namespace
+// to a key beside them, in float32. Included by *.tier.cpp only, in the tier's own unnamed namespace
 // as vec.h is.
 #pragma once
 #include "attention_scores.h"
 
 namespace mmk::MMK_TIER {
 namespace {
-
-// Keys [0, end) are all that any row of a pair sees by causality, windows and limits.
-inline int64_t keys_in_sight(const AttentionCall& call, const Pair& pair) {
-  int64_t end = 0;
-  for (int64_t row = 0; row < pair.rows && end < pair.len_k; row += lanes_of<float>)
-    end = most(end, Intervals<float>(call, pair, Panel<float>(pair, row, pair.rows)).last);
-  return end;
-}
 
 // One factor a key: over its norm, where keys are normalised. `signed_factors` as inverse_norm has them.
 inline void stage_key_factors(const AttentionCall& call, const Pair& pair, float* factors, float* signed_factors) {

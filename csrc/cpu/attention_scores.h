@@ -47,6 +47,15 @@ struct Intervals {
   bool cuts(int64_t begin, int64_t end) const { return any && (begin < all_first || end > all_last); }
 };
 
+// Keys [0, end) are all that any row of a pair sees by causality, windows and limits.
+inline int64_t keys_in_sight(const AttentionCall& call, const Pair& pair) {
+  if (call.window_right < 0 && !call.limits.data) return pair.len_k;
+  int64_t end = 0;
+  for (int64_t row = 0; row < pair.rows && end < pair.len_k; row += lanes_of<float>)
+    end = most(end, Intervals<float>(call, pair, Panel<float>(pair, row, pair.rows)).last);
+  return end;
+}
+
 // How bias, mask and segments are added to a call's scores.
 struct Addends {
   bool any, by_key;  // by_key: one number a key for all rows of a pair

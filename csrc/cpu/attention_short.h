@@ -207,10 +207,9 @@ inline void with_short_vectors(int64_t vectors, const F& f) {
   f.template operator()<4>();
 }
 
-// Always inline: sums leave their registers here.
-#define MMK_IN_PLACE [[gnu::always_inline]] inline
-
 // --- what becomes of the products ---------------------------------------------------------------------------------------
+// Always inline: called, they would take the sums from memory.
+
 // Scores: scaled, what is added to them added, and the largest of each lane kept.
 struct ToScores {
   float* to;  // [rows][vectors]
@@ -221,7 +220,7 @@ struct ToScores {
   float* tops;  // [rows][16], or null
 
   template <int vectors>
-  MMK_IN_PLACE void operator()(int64_t row, const Vec<float>::Register (&sums)[vectors]) const {
+  [[gnu::always_inline]] void operator()(int64_t row, const Vec<float>::Register (&sums)[vectors]) const {
     using V = Vec<float>;
     V::Register top;
 #pragma GCC unroll 4
@@ -240,7 +239,7 @@ struct ToBuffer {
   float* to;  // [rows][vectors]
 
   template <int vectors>
-  MMK_IN_PLACE void operator()(int64_t row, const Vec<float>::Register (&sums)[vectors]) const {
+  [[gnu::always_inline]] void operator()(int64_t row, const Vec<float>::Register (&sums)[vectors]) const {
     using V = Vec<float>;
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) V::store(to + (row * vectors + v) * V::width, sums[v]);
@@ -257,7 +256,7 @@ struct ToRows {
   float* pad;
 
   template <int vectors>
-  MMK_IN_PLACE void operator()(int64_t row, const Vec<float>::Register (&sums)[vectors]) const {
+  [[gnu::always_inline]] void operator()(int64_t row, const Vec<float>::Register (&sums)[vectors]) const {
     using V = Vec<float>;
     const V::Register factor = V::set(factors[row]);
     To* to = rows[row];
@@ -564,7 +563,7 @@ class ShortForward : ShortOperands<T, false> {
     const Places key(pair, call.k, pair.len_k, pair.first_k, false), query(pair, call.q, pair.len_q, pair.first_q, false);
     const Places of_value(pair, call.v, pair.len_k, pair.first_k, false);
     // What no row sees may be anything, and would not be multiplied by other kernels either.
-    const int64_t in_sight = call.limits.data || call.window_right >= 0 ? keys_seen(pair) : pair.len_k;
+    const int64_t in_sight = keys_in_sight(call, pair);
     const auto value = [&](int64_t j) -> const T* { return j < in_sight ? of_value(j) : nullptr; };
     this->make_columns(pair.len_k, call.dim, keys_at, key);
     const Staged<T> queries = this->lefts(pair, pair.len_q, call.q, call.dim, queries_at, query);
@@ -601,13 +600,6 @@ class ShortForward : ShortOperands<T, false> {
       }
     }
     return Short<T>::make_rights(pair.len_k, call.value_dim, elements(values_at), rows, value);
-  }
-
-  int64_t keys_seen(const Pair& pair) const {
-    int64_t end = 0;
-    for (int64_t row = 0; row < pair.rows; row += lanes_of<float>)
-      end = most(end, Intervals<float>(call, pair, Panel<float>(pair, row, pair.rows)).last);
-    return end;
   }
 
   // Weights of a group of rows, and what its outputs are multiplied by.
