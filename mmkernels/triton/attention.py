@@ -80,6 +80,14 @@ _HALF: dict[str, _Tiles] = {
         "tiny backward": _same((64, 64, 4, 1)),
     },
 }
+# Heads of 65 to 128 channels, not a multiple of 16, in half precision on CUDA: rows begin anywhere, so that tiles are loaded
+# element by element, with an address in registers for each.
+_UNALIGNED: dict[str, tuple[Tile, Tile]] = {
+    "forward": ((32, 32, 8, 2), (32, 32, 4, 2)),
+    "decode": ((16, 32, 8, 1), (16, 32, 4, 1)),
+    "queries": ((32, 32, 8, 2), (16, 32, 8, 1)),
+    "keys": ((16, 32, 8, 1), (16, 32, 8, 1)),
+}
 _SINGLE: dict[str, _Tiles] = {
     "cuda": {
         "forward": _same((64, 32, 8, 1), (16, 32, 8, 1), (32, 32, 8, 1)),
@@ -284,7 +292,10 @@ def _tile(kind: str, single: bool, channels: int, values: int, rich: bool) -> tu
     """(blocks, options) of a kind of kernel."""
     block_d, block_dv = launch.block(channels), launch.block(values)
     width = next(i for i, most in enumerate(_CLASSES) if most >= max(block_d, block_dv))
-    block_m, block_n, warps, stages = (_SINGLE if single else _HALF)[launch.make()][kind][width][rich]
+    tiles = (_SINGLE if single else _HALF)[launch.make()][kind][width]
+    if width == 1 and not single and launch.make() == "cuda" and (channels % 16 or values % 16):
+        tiles = _UNALIGNED.get(kind, tiles)
+    block_m, block_n, warps, stages = tiles[rich]
     blocks = {"D": channels, "DV": values, "BLOCK_D": block_d, "BLOCK_DV": block_dv}
     return {**blocks, "BLOCK_M": block_m, "BLOCK_N": block_n}, launch.options(warps, stages)
 
