@@ -370,6 +370,7 @@ _ELEMENTS = 256
 _Tile = tuple[int, int, dict[str, int]]
 _HALF: dict[str, _Tile] = {"cuda": (32, 8, {"queries_kernel": 4}), "hip": (32, 4, {})}
 _SINGLE: dict[str, _Tile] = {"cuda": (16, 8, {"keys_backward_kernel": 4}), "hip": (16, 8, {})}
+_UNALIGNED_ROWS = 16  # on CUDA, of more than 64 channels that 16 does not divide: each element has an address in a register
 _MOST_VALUES = 32  # channels of v whose sums, or gradients, are at hand
 
 
@@ -413,7 +414,10 @@ class _Call:
         self.map, self.eps = feature_map, 0.0 if feature_map == SOFTMAX else eps
         channels = q.size(-1), v.size(-1)
         self.rows, warps, others = (_SINGLE if q.dtype == torch.float32 else _HALF)[_make()]
-        self.warps = others if max(_block(c) for c in channels) <= 64 else {}
+        small = max(_block(c) for c in channels) <= 64
+        self.warps = others if small else {}
+        if not small and _make() == "cuda" and any(c % 16 for c in channels):
+            self.rows = _UNALIGNED_ROWS
         self.options: dict[str, Any] = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": False}
         self.sizes = {"D": channels[0], "DV": channels[1], "BLOCK_D": _block(channels[0])}
         self.group = self.heads // self.kv_heads
