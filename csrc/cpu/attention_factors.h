@@ -1,6 +1,5 @@
 // Of the walks that multiply keys and values in bfloat16 as they came (attention_tiles.h, attention_pairs.h): what belongs
-// to a key beside them, in float32. Included by *.tier.cpp only, in the tier's own unnamed namespace
-// as vec.h is.
+// to a key beside them, in float32. Included by *.tier.cpp only, in the tier's own unnamed namespace as vec.h is.
 #pragma once
 #include "attention_scores.h"
 

@@ -24,7 +24,6 @@ class ShortOperands {
 
   ShortOperands(const AttentionCall& c) : call(c), addends(c, layout) {
     ahead_at = layout.take(ceil_div(most_ahead * sizeof(void*), sizeof(float)));
-    ahead.bytes = most(c.dim, c.value_dim) * static_cast<int64_t>(sizeof(T));
   }
 
   int64_t take(int64_t elements) { return layout.take(ceil_div(elements * static_cast<int64_t>(sizeof(T)), sizeof(float))); }
@@ -43,13 +42,13 @@ class ShortOperands {
   void look_ahead(const Pair& pair, const Pair& next, bool entry, std::initializer_list<AttentionOperand> of_keys,
                   std::initializer_list<AttentionOperand> of_queries) {
     ahead.count = ahead.next = 0;
-    const int64_t bytes = static_cast<int64_t>(sizeof(T)), heads = call.heads;
+    const int64_t heads = call.heads;
     bool side_by_side = entry && call.dim == call.value_dim;
     for (const auto& operands : {of_keys, of_queries})
       for (const AttentionOperand& operand : operands) side_by_side = side_by_side && operand.head == call.dim;
     const Pair other = side_by_side ? Pair(call, pair.b + 1, 0) : next;
     if ((other.b == pair.b && other.h == pair.h) || !goes_short<T, backward>(call, other)) return;
-    ahead.bytes = (side_by_side ? heads * call.dim : most(call.dim, call.value_dim)) * bytes;
+    ahead.bytes = (side_by_side ? heads * call.dim : most(call.dim, call.value_dim)) * static_cast<int64_t>(sizeof(T));
     const auto add = [&](const AttentionOperand& operand, int64_t count, int64_t first) {
       const int64_t begin = side_by_side ? count * pair.h / heads : 0, end = side_by_side ? count * (pair.h + 1) / heads : count;
       for (int64_t i = begin; i < end; ++i) ahead.add(other.at<T>(operand, other.h, i, first));
@@ -193,8 +192,8 @@ class ShortForward : ShortOperands<T, false> {
       T* rows[short_group];
       for (int64_t i = 0; i < count; ++i)
         rows[i] = pair.inside(first + i) ? pair.at<T>(call.out, pair.h, first + i, pair.first_q) : nullptr;
-      this->multiply_rows(elements(weights_at), Short<T>::width(pair.len_k), Short<T>::depth, count, pair.len_k, values, call.value_dim, rows,
-                          factors, streams, nullptr);
+      this->multiply_rows(elements(weights_at), Short<T>::width(pair.len_k), Short<T>::depth, count, pair.len_k, values,
+                          call.value_dim, rows, factors, streams, nullptr);
       look(8);
     }
   }

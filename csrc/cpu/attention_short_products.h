@@ -26,18 +26,6 @@ struct ShortRight {
 template <class T>
 struct Short;
 
-// Rows to `to`, zeros where there is none and beyond the channels, up to `width`.
-template <class A, class T, class F>
-inline void copy_rows(int64_t count, int64_t channels, int64_t width, T* to, const F& row) {
-  for (int64_t i = 0; i < count; ++i, to += width) {
-    const T* from = row(i);
-    for (int64_t k = 0; k < width; k += Vec<A>::width) {
-      const int64_t left = least(channels - k, Vec<A>::width);
-      Vec<A>::store(to + k, from && left > 0 ? load_lanes<A>(from + k, left) : Vec<A>::zero());
-    }
-  }
-}
-
 template <>
 struct Short<float> {
   using V = Vec<float>;
@@ -57,7 +45,12 @@ struct Short<float> {
   static bool in_place(int64_t channels) { return channels % V::width == 0; }
   template <class F>
   static void make_lefts(int64_t count, int64_t channels, float* to, const F& row) {
-    copy_rows<float>(count, channels, width(channels), to, row);
+    for (int64_t i = 0; i < count; ++i, to += width(channels)) {
+      const float* from = row(i);  // null: zeros
+      for_each_vector<float>(channels, [&](int64_t k, int64_t lanes) {
+        V::store(to + k, from ? load_lanes<float>(from + k, lanes) : V::zero());
+      });
+    }
   }
   // Rows of lefts serve as rights.
   template <class F>
@@ -81,8 +74,7 @@ struct Short<float> {
   static void round(const V::Register (&weights)[vectors], float* to) {
     for (int v = 0; v < vectors; ++v) V::store(to + v * V::width, weights[v]);
   }
-  // Rows `first`, and the one after it, of left operands that are `row` apart, as a left operand whose depth is the rows: they
-  // lie so already.
+  // Rows of weights as a left operand whose depth is the rows: they lie so already.
   static void round_down(const float*, int64_t, int64_t, float*) {}
 };
 

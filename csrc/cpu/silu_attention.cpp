@@ -319,7 +319,8 @@ Gradients silu_attention_backward(Tensor grad, Tensor x, Tensor keys, Tensor val
       if (need_gradients) p.multiply(upstream.by_row(sample, begin), memory.at(of_values), count, m, width, p.wide, gradients);
       const char* thresholds = static_cast<const char*>(threshold.const_data_ptr());
       thresholds += (sample * p.x.rows + begin) * p.wide_bytes();
-      const SiluAttentionMask call{scores, gradients, p.halves ? weights : nullptr, p.halves ? slopes : nullptr, p.rank > 0 ? thresholds : nullptr, m, scale};
+      const SiluAttentionMask call{scores, gradients, p.halves ? weights : nullptr, p.halves ? slopes : nullptr,
+                                   p.rank > 0 ? thresholds : nullptr, m, scale};
       parallel_for(count, m, [&](std::int64_t first, std::int64_t last) {
         p.tier.kernels->mask[p.index()](call, first, last);
       });
