@@ -20,6 +20,7 @@ TIERS = [name for name in runtime.available_isas() if name != "amx"]  # AMX has 
 # Largest error in units in the last place: with fma, and without (the generic tier).
 FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], float, float]] = {
     "exp": (torch.exp, 1.5, 2.0),
+    "exp2": (torch.exp2, 2.5, 2.5),
     "erf": (torch.erf, 1.25, 1.5),
     "tanh": (torch.tanh, 1.75, 1.75),
     "sigmoid": (torch.sigmoid, 2.75, 2.75),
@@ -102,6 +103,7 @@ def test_special_values(blocks: ModuleType, tier: str) -> None:
     x = torch.tensor([math.inf, -math.inf, math.nan, 0.0, -0.0, 1e-45, -1e-45, 100.0, -100.0])
     expected = {
         "exp": [math.inf, 0.0, math.nan, 1.0, 1.0, 1.0, 1.0, math.inf, 0.0],
+        "exp2": [math.inf, 0.0, math.nan, 1.0, 1.0, 1.0, 1.0, 2.0**100, 2.0**-100],
         "erf": [1.0, -1.0, math.nan, 0.0, -0.0, 1e-45, -1e-45, 1.0, -1.0],
         "tanh": [1.0, -1.0, math.nan, 0.0, -0.0, 1e-45, -1e-45, 1.0, -1.0],
         "sigmoid": [1.0, 0.0, math.nan, 0.5, 0.5, 0.5, 0.5, 1.0, 0.0],
@@ -114,11 +116,15 @@ def test_special_values(blocks: ModuleType, tier: str) -> None:
 
 @over_tiers
 def test_limits(blocks: ModuleType, tier: str) -> None:
-    """exp overflows and flushes just where float does; erf and tanh never leave [-1, 1]; exp(0) is 1."""
+    """exp and exp2 overflow and flush just where float does; erf and tanh never leave [-1, 1]; exp(0) is 1."""
     edge = torch.tensor([88.72283, 88.72284, -87.33654, -87.33656])
     large, infinite, small, flushed = ours(blocks, tier, "exp", edge).tolist()
     assert large < math.inf and infinite == math.inf
     assert small >= SMALLEST_NORMAL and flushed == 0
+    edge = torch.tensor([127.99999, 128.0, -126.0, -126.00001])
+    large, infinite, small, flushed = ours(blocks, tier, "exp2", edge).tolist()
+    assert large < math.inf and infinite == math.inf
+    assert small == SMALLEST_NORMAL and flushed == 0
     x = torch.linspace(-20, 20, 1_000_001)
     for name in ("erf", "tanh", "sigmoid"):
         assert ours(blocks, tier, name, x).abs().max() == 1, name

@@ -62,8 +62,7 @@ Tensor hash_attention(Tensor v, Tensor codes_q, Tensor codes_k, std::int64_t bit
                        const std::int32_t* codes = queries.at(head) + begin;
                        const int group_bits = of_queries.group_bits();
                        const double base = offset * static_cast<double>(keys.rows);
-                       kernels.denominator[numbers.index]({state, group_bits, codes, sums(head, 0), base, inverse}, 0,
-                                                          end - begin, tables(numbers.wide));
+                       kernels.denominator[numbers.index]({state, codes, sums(head, 0), base, inverse}, 0, end - begin);
                        const char* self = own ? values.at(head) + begin * values.row_stride * values.bytes : nullptr;
                        const HashOutput call{state,   group_bits, codes,           sums(head, 0),
                                              own ? 0 : offset, own ? offset : 0, self, values.row_stride,
@@ -119,9 +118,8 @@ Tensor hash_attention_backward(Tensor grad, Tensor codes_q, Tensor codes_k, std:
                        const std::int64_t begin = of_queries.begin(chunk), end = of_queries.end(chunk);
                        const int group_bits = of_queries.group_bits();
                        const double base = offset * static_cast<double>(keys.rows);
-                       kernels.denominator[numbers.index](
-                           {only_counts, group_bits, queries.at(head), counts(head, 0), base, inverse(head)}, begin, end,
-                           tables(numbers.wide));
+                       kernels.denominator[numbers.index]({only_counts, queries.at(head), counts(head, 0), base, inverse(head)},
+                                                          begin, end);
                        const HashSum call{state,         group_bits,    queries.at(head), upstream.at(head),
                                           upstream.cols, inverse(head), nullptr};
                        kernels.sum[numbers.index](call, begin, end, sums(head, chunk), tables(numbers.wide));

@@ -22,19 +22,28 @@ struct HashFunction {
   void* anchor_sum;  // [D]
 };
 
-// Rows of one sample and head, row 0 first. The kernel of a row x is exp(bias[j] + (x.anchor_j) / (|x| sigma)) - mean[j].
+inline constexpr double log2_of_e = 1.4426950408889634;
+
+// Rows of one sample and head, row 0 first. The kernel of a row x is 2^(bias[j] + (x.anchor_j) log2(e) / (|x| sigma)) - mean[j].
 struct HashRows {
   const HashFunction* function;
   const void* qk;
   int64_t stride;
-  const void* bias;  // [m]: -squares / (2 sigma)
+  const void* bias;  // [m]: -squares / (2 sigma ln 2)
   double sigma;
+};
+
+// Rows that are read next: asked for row by row while others are hashed. Null: none.
+struct HashAhead {
+  const void* rows;
+  int64_t stride, bytes;  // in bytes; of a row
 };
 
 struct HashCodes {
   HashRows rows;
   int32_t* codes;
   int32_t* inside;  // null: not needed; else the bits with -1 < y < 1
+  HashAhead values, next;  // of these rows; the next head's
 };
 
 // Backward, rows of the same sample and head. `sums` and `slopes` are S, z and their gradients, laid out as HashState below.
@@ -93,7 +102,6 @@ struct HashSum {
 // 1 / (h.z + base) of each row.
 struct HashDenominator {
   HashState state;
-  int group_bits;
   const int32_t* codes;
   const void* sums;
   double base;
@@ -138,7 +146,7 @@ struct HashPairs {
 
 struct HashAttentionKernels {
   void (*sum[4])(const HashSum&, int64_t begin, int64_t end, void* sums, void* tables);
-  void (*denominator[4])(const HashDenominator&, int64_t begin, int64_t end, void* tables);
+  void (*denominator[4])(const HashDenominator&, int64_t begin, int64_t end);
   void (*output[4])(const HashOutput&, int64_t begin, int64_t end, void* tables);
   void (*slope[4])(const HashSlope&, int64_t begin, int64_t end, void* tables);
   void (*pairs[4])(const HashPairs&);
@@ -146,7 +154,7 @@ struct HashAttentionKernels {
 
 MMK_TIERS(HashAttentionKernels, hash_attention_kernels)
 
-// Rows of tables at most: 32 bits in groups of 6 and 5, or of 4. Each is this many accumulators, and one for weights.
+// Rows of tables at most: 32 bits in groups of 6 and 5, or of 4. Each is this many accumulators.
 inline constexpr int64_t hash_table_rows = 256, hash_table_cols = 32;
 inline constexpr int hash_group_bits = 6;
 

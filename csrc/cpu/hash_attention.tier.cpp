@@ -8,6 +8,7 @@
 
 #include "core/integers.h"
 #include "core/math.h"
+#include "hash_words.h"
 
 namespace mmk::MMK_TIER {
 namespace {
@@ -51,16 +52,20 @@ struct Offsets {
   }
 };
 
-// The tables of one block of columns, and those of one number a row.
+// The tables of one block of columns.
 template <class A>
 struct Tables {
   A* rows;
-  A* numbers;
-  explicit Tables(void* memory) : rows(static_cast<A*>(memory)), numbers(rows + hash_table_rows * hash_table_cols) {}
+  explicit Tables(void* memory) : rows(static_cast<A*>(memory)) {}
   A* row(int64_t index) const { return rows + index * hash_table_cols; }
 };
 
 constexpr int64_t block_vectors(int64_t width) { return hash_table_cols / width; }
+
+// Outputs are asked for this many rows before they are written: their stores would wait for the lines.
+constexpr int64_t rows_ahead = 12;
+template <class A, class T>
+constexpr int64_t vectors_of_line = most(1, 64 / (Vec<A>::width * static_cast<int64_t>(sizeof(T))));
 
 // A block of columns in registers: all of them, or the first `cols` with a tail.
 template <class A, bool whole>
@@ -133,41 +138,27 @@ inline void sum_block(const HashSum& call, const BitGroups& groups, int64_t begi
   }
 }
 
-// Sums of weights, or where there are none the bits counted.
+// --- one number a row -----------------------------------------------------------------------------------------------------
+// Sums of weights, or where there are none of ones, each with the sign of the row's bit: eight bits at once.
 template <class A>
-inline void sum_weights(const HashSum& call, const BitGroups& groups, int64_t begin, int64_t end, A* numbers, A* counts) {
-  const A* weight = static_cast<const A*>(call.weight);
-  if (weight == nullptr) {
-    for (int64_t bit = 0; bit < call.state.bits; ++bit) {
-      int64_t set = 0;
-      for (int64_t from = begin; from < end; from += Offsets::most) {
-        const int64_t last = end - from < Offsets::most ? end : from + Offsets::most;
-        uint32_t some = 0;
-        for (int64_t n = from; n < last; ++n) some += (static_cast<uint32_t>(call.codes[n]) >> bit) & 1u;
-        set += some;
-      }
-      counts[bit] = static_cast<A>(2 * set - (end - begin));
+inline void sum_weights(const HashSum& call, int64_t begin, int64_t end, A* counts) {
+  using V = Vec<A>;
+  constexpr int64_t some_bits = 8;
+  A ones[V::width];
+  V::store(ones, V::set(A(1)));
+  for (int64_t first = 0; first < call.state.bits; first += some_bits) {
+    typename V::Register sums[some_bits];
+    for (auto& sum : sums) sum = V::zero();
+    for (int64_t row = begin; row < end; row += V::width) {
+      const int64_t lanes = end - row < V::width ? end - row : V::width;
+      const A* weight = call.weight == nullptr ? ones : static_cast<const A*>(call.weight) + row;
+      const typename V::Register value = load_lanes<A>(weight, lanes);
+      const Words<A> codes = load_words<A>(call.codes + row, lanes);
+#pragma GCC unroll 8
+      for (int64_t i = 0; i < some_bits; ++i) sums[i] = sums[i] + with_sign<A>(value, codes, first + i);
     }
-    return;
-  }
-  for (int row = 0; row < groups.rows; ++row) numbers[row] = A(0);
-  Offsets offsets;
-  for (int64_t row = begin; row < end; row += Offsets::most) {
-    const int64_t some = offsets.fill(groups, call.codes, row, end);
-    for (int64_t i = 0; i < some; ++i)
-      for (int g = 0; g < groups.count; ++g) numbers[offsets.of_group[g][i] / hash_table_cols] += weight[row + i];
-  }
-  for (int g = 0; g < groups.count; ++g) {
-    A* table = numbers + groups.row[g];
-    for (int bit = groups.bits[g] - 1; bit >= 0; --bit) {
-      A difference = A(0);
-      for (int row = 0; row < 1 << bit; ++row) {
-        const A low = table[row], high = table[row + (1 << bit)];
-        difference += high - low;
-        table[row] = low + high;
-      }
-      counts[groups.first[g] + bit] = difference;
-    }
+    const int64_t left = least(some_bits, call.state.bits - first);
+    for (int64_t i = 0; i < left; ++i) counts[first + i] = V::sum(sums[i]);
   }
 }
 
@@ -181,7 +172,7 @@ void sum(const HashSum& call, int64_t begin, int64_t end, void* sums, void* memo
     each_block(call.state.width, [&]<bool whole>(int64_t at, int64_t cols) {
       sum_block<T, whole>(call, groups, begin, end, at, cols, tables, to);
     });
-  sum_weights<A>(call, groups, begin, end, tables.numbers, to + call.state.counts());
+  sum_weights<A>(call, begin, end, to + call.state.counts());
 }
 
 // --- reading --------------------------------------------------------------------------------------------------------------
@@ -210,32 +201,16 @@ inline void build(const BitGroups& groups, const A* sums, int64_t stride, const 
 }
 
 template <class A>
-inline void build_numbers(const BitGroups& groups, const A* counts, A base, A* numbers) {
-  for (int g = 0; g < groups.count; ++g) {
-    A* table = numbers + groups.row[g];
-    table[0] = g == 0 ? base : A(0);
-    for (int bit = 0; bit < groups.bits[g]; ++bit) table[0] -= counts[groups.first[g] + bit];
-    for (int bit = 0; bit < groups.bits[g]; ++bit)
-      for (int row = 0; row < 1 << bit; ++row) table[row + (1 << bit)] = table[row] + 2 * counts[groups.first[g] + bit];
+void denominator(const HashDenominator& call, int64_t begin, int64_t end) {
+  using V = Vec<A>;
+  const A* counts = static_cast<const A*>(call.sums) + call.state.counts();
+  for (int64_t row = begin; row < end; row += V::width) {
+    const int64_t lanes = end - row < V::width ? end - row : V::width;
+    const Words<A> codes = load_words<A>(call.codes + row, lanes);
+    typename V::Register value = V::set(static_cast<A>(call.base));
+    for (int64_t bit = 0; bit < call.state.bits; ++bit) value = value + with_sign<A>(V::set(counts[bit]), codes, bit);
+    store_lanes<A>(static_cast<A*>(call.inverse) + row, V::set(A(1)) / value, lanes);
   }
-}
-
-template <class A>
-void denominator(const HashDenominator& call, int64_t begin, int64_t end, void* memory) {
-  const BitGroups groups(call.state.bits, call.group_bits);
-  A* numbers = Tables<A>(memory).numbers;
-  build_numbers<A>(groups, static_cast<const A*>(call.sums) + call.state.counts(), static_cast<A>(call.base), numbers);
-  A* inverse = static_cast<A*>(call.inverse);
-  Offsets offsets;
-  for (int64_t row = begin; row < end; row += Offsets::most) {
-    const int64_t some = offsets.fill(groups, call.codes, row, end);
-    for (int64_t i = 0; i < some; ++i) {
-      A value = numbers[offsets.of_group[0][i] / hash_table_cols];
-      for (int g = 1; g < groups.count; ++g) value += numbers[offsets.of_group[g][i] / hash_table_cols];
-      inverse[row + i] = value;
-    }
-  }
-  for (int64_t n = begin; n < end; ++n) inverse[n] = A(1) / inverse[n];
 }
 
 // One block of columns of a row's h S.
@@ -290,6 +265,8 @@ inline void output_block(const HashOutput& call, const BitGroups& groups, int64_
           value[v] = V::fma(of_own, load_lanes<A>(from + v * V::width, block.lanes(v)), value[v]);
       }
       T* to = out + (row + i) * width;
+      const T* soon = to + least(rows_ahead, end - 1 - row - i) * width;
+      for (int64_t v = 0; v < vectors; v += vectors_of_line<A, T>) __builtin_prefetch(soon + v * V::width, 1);
       for (int64_t v = 0; v < vectors; ++v) store_lanes<A>(to + v * V::width, value[v], block.lanes(v));
     }
   }
@@ -323,6 +300,8 @@ inline void slope_block(const HashSlope& call, const BitGroups& groups, int64_t 
   Offsets offsets;
   for (int64_t row = begin; row < end; row += Offsets::most) {
     const int64_t some = offsets.fill(groups, of.codes, row, end);
+    Register products[V::width];  // of the rows that are not stored yet
+    for (auto& product : products) product = V::zero();
     for (int64_t i = 0; i < some; ++i) {
       Register value[Block<A, whole>::most], product = V::zero();
       read<A>(rows, offsets, i, count, vectors, value);
@@ -334,7 +313,11 @@ inline void slope_block(const HashSlope& call, const BitGroups& groups, int64_t 
       const T* from = grad + (row + i) * width;
       for (int64_t v = 0; v < vectors; ++v)
         product = V::fma(value[v], load_lanes<A>(from + v * V::width, block.lanes(v)), product);
-      slopes[row + i] -= V::sum(product);
+      products[i % V::width] = product;
+      if (i % V::width < V::width - 1 && i + 1 < some) continue;
+      const int64_t first = i - i % V::width;
+      A* to = slopes + row + first;
+      store_lanes<A>(to, load_lanes<A>(to, i + 1 - first) - V::sums(products), i + 1 - first);
     }
   }
 }

@@ -82,12 +82,12 @@ class Hashing {
   double& sigma(const Workspace& memory, std::int64_t head) const {
     return reinterpret_cast<double*>(memory.at(of_sigma_))[head];
   }
-  // -squares / (2 sigma), once sigma is known.
+  // -squares / (2 sigma) as a power of two, once sigma is known.
   void set_sigma(const Workspace& memory, std::int64_t head, double value) const {
     sigma(memory, head) = value;
     const HashFunction f = function(memory, head);
     for (std::int64_t j = 0; j < supports; ++j)
-      numbers.set(bias(memory, head), j, numbers.get(f.squares, j) / (-2 * value));
+      numbers.set(bias(memory, head), j, numbers.get(f.squares, j) * log2_of_e / (-2 * value));
   }
 
   // Pass one: sigma, the mean of 1 + |a|^2 - 2 u.a over rows and supports, from the sums of u and of a.
@@ -114,10 +114,13 @@ class Hashing {
   }
 
   // Whether every y of the chunk is a number.
-  bool hash(const Workspace& memory, std::int64_t head, std::int64_t chunk, std::int32_t* codes, std::int32_t* inside) const {
+  bool hash(const Workspace& memory, std::int64_t head, std::int64_t chunk, std::int32_t* codes, std::int32_t* inside,
+            const HeadRows* values) const {
     const HashFunction f = function(memory, head);
-    const HashCodes call{rows_of(memory, f, head), codes + head * rows.rows,
-                         inside == nullptr ? nullptr : inside + head * rows.rows};
+    HashCodes call{rows_of(memory, f, head), codes + head * rows.rows, inside == nullptr ? nullptr : inside + head * rows.rows,
+                   {}, {}};
+    if (values != nullptr) call.values = values->ahead(head);
+    if (head + 1 < heads) call.next = rows.ahead(head + 1);
     return numbers.codes.kernels->hash[numbers.index](call, chunks.begin(chunk), chunks.end(chunk),
                                                       tile(rows.cols + supports + bits));
   }
@@ -150,7 +153,7 @@ Tensor hash_codes(Tensor qk, Tensor supports, Tensor projection, Tensor mean) {
   memory.allocate();
   hashing.prepare(memory);
   std::int32_t* codes = static_cast<std::int32_t*>(out.mutable_data_ptr());
-  const Pass making{[&](std::int64_t head, std::int64_t chunk) { hashing.hash(memory, head, chunk, codes, nullptr); }, nothing};
+  const Pass making{[&](std::int64_t head, std::int64_t chunk) { hashing.hash(memory, head, chunk, codes, nullptr, nullptr); }, nothing};
   run(hashing.heads, hashing.chunks.count, hashing.row_work(), hashing.sigma_pass(memory), making);
   scratch_done(ScratchUse::hash_attention);
   return out;
@@ -214,7 +217,7 @@ FourTensors ecoformer_attention(Tensor qk, Tensor v, Tensor supports, Tensor pro
     return *memory.at(of_flags + head * chunks.count + chunk);
   };
   const Pass summing{[&](std::int64_t head, std::int64_t chunk) {
-                       are_numbers(head, chunk) = hashing.hash(memory, head, chunk, all_codes, all_inside);
+                       are_numbers(head, chunk) = hashing.hash(memory, head, chunk, all_codes, all_inside, &values);
                        const HashSum call{state,   chunks.group_bits(), all_codes + head * rows.rows, values.at(head),
                                           values.row_stride, nullptr,   nullptr};
                        kernels.sum[numbers.index](call, chunks.begin(chunk), chunks.end(chunk), partial(head, chunk),
@@ -238,8 +241,7 @@ FourTensors ecoformer_attention(Tensor qk, Tensor v, Tensor supports, Tensor pro
                        void* inverse = scratch(ScratchUse::rows, static_cast<std::size_t>((end - begin) * numbers.wide));
                        const std::int32_t* of_rows = all_codes + head * rows.rows + begin;
                        const double base = offset * static_cast<double>(rows.rows);
-                       kernels.denominator[numbers.index]({state, chunks.group_bits(), of_rows, partial(head, 0), base, inverse},
-                                                          0, end - begin, tables(numbers.wide));
+                       kernels.denominator[numbers.index]({state, of_rows, partial(head, 0), base, inverse}, 0, end - begin);
                        const char* self = own ? values.at(head) + begin * values.row_stride * values.bytes : nullptr;
                        const HashOutput call{state, chunks.group_bits(), of_rows, partial(head, 0), own ? 0 : offset,
                                              own ? offset : 0, self, values.row_stride, inverse, inverse, out_rows};
@@ -316,8 +318,7 @@ std::tuple<Tensor, Tensor> ecoformer_attention_backward(Tensor grad, Tensor qk, 
         const int group_bits = chunks.group_bits();
         const double base = offset * static_cast<double>(rows.rows);
         void* of_tables = tables(numbers.wide);
-        kernels.denominator[numbers.index]({state, group_bits, codes_of(codes, head), kept(head), base, inverse(head)}, begin,
-                                           end, of_tables);
+        kernels.denominator[numbers.index]({state, codes_of(codes, head), kept(head), base, inverse(head)}, begin, end);
         if (need_qk) {
           const HashOutput numerator{state, group_bits, codes_of(codes, head), kept(head), own ? 0 : offset, own ? offset : 0,
                                      own ? values.at(head) : nullptr, values.row_stride, nullptr, nullptr, nullptr};

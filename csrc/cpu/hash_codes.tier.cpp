@@ -2,9 +2,11 @@
 // product is one of a small matrix (supports, projection, S) with the tile, and nothing is as long as the rows.
 #include "hash_attention.h"
 
+#include "core/ahead.h"
 #include "core/lane_product.h"
 #include "core/math.h"
 #include "core/rows.h"
+#include "hash_words.h"
 
 namespace mmk::MMK_TIER {
 namespace {
@@ -12,22 +14,34 @@ namespace {
 constexpr int64_t tile_rows = 2 * Vec<float>::width;  // doubles have fewer
 
 // --- tiles ----------------------------------------------------------------------------------------------------------------
-// Rows [begin, begin + count) as columns: to [channels, vectors * width]. Lanes past `count` repeat the last row.
+// Rows [begin, begin + count) as columns, times one factor a lane where there are any: to [channels, vectors * width]. Lanes past
+// `count` repeat the last row.
 template <class A, class T, int vectors>
-inline void load_tile(const T* rows, int64_t stride, int64_t count, int64_t channels, const A* scale, A* to) {
+inline void load_tile(const T* rows, int64_t stride, int64_t count, int64_t channels, const A* factors, A* to) {
   using V = Vec<A>;
+  using Register = typename V::Register;
   constexpr int64_t width = V::width, lanes = vectors * width;
-  for (int64_t v = 0; v < vectors; ++v)
+  for (int64_t v = 0; v < vectors; ++v) {
+    const bool all = count >= (v + 1) * width;
+    const Register factor = factors == nullptr ? V::zero() : V::load(factors + v * width);
     for_each_vector<A>(channels, [&](int64_t c, int64_t some) {
-      typename V::Register square[width];
-      for (int64_t i = 0; i < width; ++i) {
-        const int64_t row = v * width + i < count ? v * width + i : count - 1;
-        square[i] = load_lanes<A>(rows + row * stride + c, some);
-        if (scale != nullptr) square[i] = square[i] * V::set(scale[row]);
+      Register square[width];
+      if (all && some == width) {
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < width; ++i) square[i] = V::load(rows + (v * width + i) * stride + c);
+      } else {
+        for (int64_t i = 0; i < width; ++i)
+          square[i] = load_lanes<A>(rows + (v * width + i < count ? v * width + i : count - 1) * stride + c, some);
       }
       V::transpose(square);
-      for (int64_t i = 0; i < some; ++i) V::store(to + (c + i) * lanes + v * width, square[i]);
+      A* at = to + c * lanes + v * width;
+      if (factors == nullptr) {
+        for (int64_t i = 0; i < some; ++i) V::store(at + i * lanes, square[i]);
+      } else {
+        for (int64_t i = 0; i < some; ++i) V::store(at + i * lanes, square[i] * factor);
+      }
     });
+  }
 }
 
 template <class A, class T, int vectors>
@@ -37,10 +51,19 @@ inline void store_tile(T* rows, int64_t stride, int64_t count, int64_t channels,
   for (int64_t v = 0; v < vectors; ++v)
     for_each_vector<A>(channels, [&](int64_t c, int64_t some) {
       typename V::Register square[width];
-      for (int64_t i = 0; i < width; ++i) square[i] = i < some ? V::load(from + (c + i) * lanes + v * width) : V::zero();
+      const A* at = from + c * lanes + v * width;
+      T* to = rows + v * width * stride + c;
+      if (some == width && count >= (v + 1) * width) {
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < width; ++i) square[i] = V::load(at + i * lanes);
+        V::transpose(square);
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < width; ++i) V::store(to + i * stride, square[i]);
+        return;
+      }
+      for (int64_t i = 0; i < width; ++i) square[i] = i < some ? V::load(at + i * lanes) : V::zero();
       V::transpose(square);
-      for (int64_t i = 0; i < width && v * width + i < count; ++i)
-        store_lanes<A>(rows + (v * width + i) * stride + c, square[i], some);
+      for (int64_t i = 0; i < width && v * width + i < count; ++i) store_lanes<A>(to + i * stride, square[i], some);
     });
 }
 
@@ -60,18 +83,22 @@ inline void each_vector(const F& f) {
   for (int v = 0; v < vectors; ++v) f(v, v * Vec<A>::width);
 }
 
-// 1 / |x| of every lane.
+// 1 / |x| of every lane. In four chains: one would wait for itself.
 template <class A, int vectors>
 inline void inverse_lengths(const A* tile, int64_t channels, A* inverse) {
   using V = Vec<A>;
   constexpr int64_t lanes = vectors * V::width;
   each_vector<A, vectors>([&](int, int64_t at) {
-    typename V::Register sum = V::zero();
-    for (int64_t c = 0; c < channels; ++c) {
+    typename V::Register sums[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
+    const auto add = [&](typename V::Register& sum, int64_t c) {
       const typename V::Register x = V::load(tile + c * lanes + at);
       sum = V::fma(x, x, sum);
-    }
-    V::store(inverse + at, sum);
+    };
+    int64_t c = 0;
+    for (; c + 4 <= channels; c += 4)
+      for (int64_t i = 0; i < 4; ++i) add(sums[i], c + i);
+    for (; c < channels; ++c) add(sums[0], c);
+    V::store(inverse + at, (sums[0] + sums[1]) + (sums[2] + sums[3]));
   });
   for (int64_t i = 0; i < lanes; ++i) inverse[i] = A(1) / square_root(inverse[i]);
 }
@@ -98,57 +125,94 @@ void prepare(const HashFunction& f) {
   }
 }
 
-template <class T>
-void units(const HashRows& call, int64_t begin, int64_t end, void* sum) {
-  using A = accumulator_t<T>;
+// Adds rows, each divided by its length, to sums: `count` of them, a vector's lanes at most.
+template <bool all, class A, class T>
+inline void add_units(const T* x, int64_t stride, int64_t count, int64_t channels, A* sums) {
   using V = Vec<A>;
   using Register = typename V::Register;
   constexpr int64_t width = V::width;
+  Register squares[width];
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < width; ++i) squares[i] = V::zero();
+  const auto add_squares = [&](int64_t c, int64_t some) {
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < width; ++i) {
+      if (!all && i >= count) continue;
+      const Register value = load_lanes<A>(x + i * stride + c, some);
+      squares[i] = V::fma(value, value, squares[i]);
+    }
+  };
+  for_each_vector<A>(channels, add_squares);
+  A inverse[width];
+  V::store(inverse, V::sums(squares));
+  for (int64_t i = 0; i < width; ++i) inverse[i] = A(1) / square_root(inverse[i]);
+  for_each_vector<A>(channels, [&](int64_t c, int64_t some) {
+    Register chains[2] = {load_lanes<A>(sums + c, some), V::zero()};
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < width; ++i) {
+      if (!all && i >= count) continue;
+      chains[i % 2] = V::fma(load_lanes<A>(x + i * stride + c, some), V::set(inverse[i]), chains[i % 2]);
+    }
+    store_lanes<A>(sums + c, chains[0] + chains[1], some);
+  });
+}
+
+template <class T>
+void units(const HashRows& call, int64_t begin, int64_t end, void* sum) {
+  using A = accumulator_t<T>;
+  constexpr int64_t width = Vec<A>::width;
   const int64_t channels = call.function->channels;
   A* sums = static_cast<A*>(sum);
   for (int64_t c = 0; c < channels; ++c) sums[c] = A(0);
   for (int64_t row = begin; row < end; row += width) {
-    const int64_t count = end - row < width ? end - row : width;
     const T* x = static_cast<const T*>(call.qk) + row * call.stride;
-    Register squares[width];
-    for (int64_t i = 0; i < width; ++i) squares[i] = V::zero();
-    for (int64_t i = 0; i < count; ++i)
-      for_each_vector<A>(channels, [&](int64_t c, int64_t some) {
-        const Register value = load_lanes<A>(x + i * call.stride + c, some);
-        squares[i] = V::fma(value, value, squares[i]);
-      });
-    V::transpose(squares);
-    for (int64_t step = width / 2; step > 0; step /= 2)
-      for (int64_t i = 0; i < step; ++i) squares[i] = squares[i] + squares[i + step];
-    A inverse[width];
-    V::store(inverse, squares[0]);
-    for (int64_t i = 0; i < width; ++i) inverse[i] = A(1) / square_root(inverse[i]);
-    for_each_vector<A>(channels, [&](int64_t c, int64_t some) {
-      Register total = load_lanes<A>(sums + c, some);
-      for (int64_t i = 0; i < count; ++i)
-        total = V::fma(load_lanes<A>(x + i * call.stride + c, some), V::set(inverse[i]), total);
-      store_lanes<A>(sums + c, total, some);
-    });
+    if (end - row >= width) {
+      add_units<true>(x, call.stride, width, channels, sums);
+    } else {
+      add_units<false>(x, call.stride, end - row, channels, sums);
+    }
   }
 }
 
-// The dot products of a tile's rows with the anchors become kernels: exp(bias + dot scale), less the mean where it is given.
-template <class A, int vectors>
-inline void exponentials(const HashFunction& f, const A* bias, const A* scale, const A* mean, const A* dots, A* to) {
+// The dot products of a tile's rows with the anchors become kernels: 2^(bias + dot scale), less the mean where it is given.
+// `look` is called on the way, once a support.
+template <class A, int vectors, class Look>
+inline void exponentials(const HashFunction& f, const A* bias, const A* scale, const A* mean, const A* dots, A* to, const Look& look) {
+  using V = Vec<A>;
+  using Register = typename V::Register;
+  constexpr int64_t lanes = vectors * V::width;
+  Register scales[vectors];
+  each_vector<A, vectors>([&](int v, int64_t at) { scales[v] = V::load(scale + at); });
+  for (int64_t j = 0; j < f.supports; ++j) {
+    const Register added = V::set(bias[j]), taken = mean == nullptr ? V::zero() : V::set(mean[j]);
+    each_vector<A, vectors>([&](int v, int64_t at) {
+      const Register power = exp2<A>(V::fma(V::load(dots + j * lanes + at), scales[v], added));
+      V::store(to + j * lanes + at, power - taken);
+    });
+    look();
+  }
+}
+
+// The words whose bits are `is_set` of the rows of a tile, of its first `count` lanes.
+template <class A, int vectors, class F>
+inline void store_bits(const A* tile, int64_t bits, int64_t count, int32_t* to, const F& is_set) {
   using V = Vec<A>;
   constexpr int64_t lanes = vectors * V::width;
-  for (int64_t j = 0; j < f.supports; ++j)
-    each_vector<A, vectors>([&](int, int64_t at) {
-      const typename V::Register dot = V::load(dots + j * lanes + at);
-      const typename V::Register power = exp<A>(V::fma(dot, V::load(scale + at), V::set(bias[j])));
-      V::store(to + j * lanes + at, mean == nullptr ? power : power - V::set(mean[j]));
-    });
+  each_vector<A, vectors>([&](int, int64_t at) {
+    Words<A> words{}, bit = words + 1;
+    for (int64_t r = 0; r < bits; ++r) {
+      words |= is_set(V::load(tile + r * lanes + at)) & bit;
+      bit += bit;
+    }
+    if (at < count) store_words<A>(to + at, words, count - at < V::width ? count - at : V::width);
+  });
 }
 
 template <class T, int vectors>
 inline bool hash_tile(const HashCodes& call, int64_t row, int64_t count, void* tile) {
   using A = accumulator_t<T>;
-  constexpr int64_t lanes = vectors * Vec<A>::width;
+  using V = Vec<A>;
+  constexpr int64_t lanes = vectors * V::width;
   const HashRows& rows = call.rows;
   const HashFunction& f = *rows.function;
   A* x = static_cast<A*>(tile);
@@ -157,28 +221,36 @@ inline bool hash_tile(const HashCodes& call, int64_t row, int64_t count, void* t
   A scale[lanes];
   load_tile<A, T, vectors>(static_cast<const T*>(rows.qk) + row * rows.stride, rows.stride, count, f.channels, nullptr, x);
   inverse_lengths<A, vectors>(x, f.channels, scale);
-  const A inverse_sigma = static_cast<A>(1 / rows.sigma);
-  for (int64_t i = 0; i < lanes; ++i) scale[i] *= inverse_sigma;
+  const A per_sigma = static_cast<A>(log2_of_e / rows.sigma);
+  for (int64_t i = 0; i < lanes; ++i) scale[i] *= per_sigma;
+  LinesAhead ahead[2];
+  int64_t lines = 0;
+  const auto ask = [&](const HashAhead& of, LinesAhead& to) {
+    if (of.rows == nullptr) return;
+    to = {static_cast<const char*>(of.rows) + row * of.stride, of.stride, of.bytes, count};
+    lines = most(lines, count * ceil_div(of.bytes, 64));
+  };
+  ask(call.values, ahead[0]);
+  ask(call.next, ahead[1]);
+  const int64_t at_once = ceil_div(lines, f.supports);
   multiply_tile<A, vectors>(static_cast<const A*>(f.anchors), f.channels, 1, x, f.supports, f.channels, kernel);
-  exponentials<A, vectors>(f, static_cast<const A*>(rows.bias), scale, static_cast<const A*>(f.mean), kernel, kernel);
+  exponentials<A, vectors>(f, static_cast<const A*>(rows.bias), scale, static_cast<const A*>(f.mean), kernel, kernel, [&] {
+    for (int64_t i = 0; i < at_once; ++i)
+      for (LinesAhead& lines : ahead) lines.look();
+  });
   multiply_tile<A, vectors>(static_cast<const A*>(f.projection), f.supports, 1, kernel, f.bits, f.supports, y);
-  uint32_t codes[lanes] = {}, inside[lanes] = {}, unordered[lanes] = {};
-  for (int64_t r = 0; r < f.bits; ++r)
-    for (int64_t i = 0; i < lanes; ++i) {
-      const A value = y[r * lanes + i];
-      codes[i] |= static_cast<uint32_t>(value > A(0)) << r;
-      unordered[i] |= static_cast<uint32_t>(value != value);
-    }
-  if (call.inside != nullptr) {
-    for (int64_t r = 0; r < f.bits; ++r)
-      for (int64_t i = 0; i < lanes; ++i)
-        inside[i] |= static_cast<uint32_t>((y[r * lanes + i] < A(1)) & (y[r * lanes + i] > A(-1))) << r;
-    memcpy(call.inside + row, inside, static_cast<size_t>(count) * sizeof(int32_t));
-  }
-  memcpy(call.codes + row, codes, static_cast<size_t>(count) * sizeof(int32_t));
-  uint32_t any = 0;
-  for (int64_t i = 0; i < lanes; ++i) any |= unordered[i];
-  return any == 0;
+  Words<A> unordered{};
+  store_bits<A, vectors>(y, f.bits, count, call.codes + row, [&](const typename V::Register& value) {
+    unordered |= value != value;
+    return value > V::zero();
+  });
+  if (call.inside != nullptr)
+    store_bits<A, vectors>(y, f.bits, count, call.inside + row, [](const typename V::Register& value) {
+      return (value < V::set(A(1))) & (value > V::set(A(-1)));
+    });
+  bool numbers = true;
+  for (int i = 0; i < V::width; ++i) numbers = numbers && unordered[i] == 0;
+  return numbers;
 }
 
 // f(row, count, vectors) over tiles of two vectors, the last of one where its rows fit.
@@ -228,62 +300,81 @@ inline accumulator_t<T> backward_tile(const HashBackward& call, int64_t row, int
   const A* sums = static_cast<const A*>(call.sums);
   const A* slopes = static_cast<const A*>(call.slopes);
 
-  load_tile<A, T, vectors>(static_cast<const T*>(call.grad) + row * call.width, call.width, count, call.width,
-                           inverse_denominator, values);
+  // Of every lane, those past `count` as the last.
+  A slope_of[lanes], inverse[lanes], scale[lanes];
+  int32_t inside[lanes];
+  for (int64_t i = 0; i < lanes; ++i) {
+    const int64_t at = i < count ? i : count - 1;
+    slope_of[i] = slope[at];
+    inverse[i] = inverse_denominator[at];
+    inside[i] = call.inside[row + at];
+  }
+  load_tile<A, T, vectors>(static_cast<const T*>(call.grad) + row * call.width, call.width, count, call.width, inverse, values);
   multiply_tile<A, vectors>(sums, call.width, 1, values, f.bits, call.width, of_y);
   load_tile<A, T, vectors>(static_cast<const T*>(call.v) + row * call.v_stride, call.v_stride, count, call.width, nullptr,
                            values);
   multiply_tile<A, vectors>(slopes, call.width, 1, values, f.bits, call.width, of_y, true);
-  A slope_of[lanes], inverse[lanes], scale[lanes];
-  uint32_t inside[lanes] = {};
-  for (int64_t i = 0; i < lanes; ++i) slope_of[i] = slope[i < count ? i : count - 1];
-  memcpy(inside, call.inside + row, static_cast<size_t>(count) * sizeof(int32_t));
-  for (int64_t r = 0; r < f.bits; ++r) {
-    const A z = sums[state.counts() + r], of_z = slopes[state.counts() + r];
-    for (int64_t i = 0; i < lanes; ++i) {
-      const A gradient = of_y[r * lanes + i] + slope_of[i] * z + of_z;
-      of_y[r * lanes + i] = (inside[i] >> r & 1u) != 0 ? gradient : A(0);
+  each_vector<A, vectors>([&](int, int64_t at) {
+    const Words<A> words = load_words<A>(inside + at, V::width);
+    const Register of_slope = V::load(slope_of + at);
+    Words<A> bit = Words<A>{} + 1;
+    for (int64_t r = 0; r < f.bits; ++r) {
+      A* to = of_y + r * lanes + at;
+      const Register gradient = V::fma(of_slope, V::set(sums[state.counts() + r]), V::load(to)) + V::set(slopes[state.counts() + r]);
+      const Words<A> passes = (words & bit) != 0;
+      V::store(to, reinterpret_cast<Register>(reinterpret_cast<Words<A>>(gradient) & passes));
+      bit += bit;
     }
-  }
+  });
 
   load_tile<A, T, vectors>(static_cast<const T*>(rows.qk) + row * rows.stride, rows.stride, count, f.channels, nullptr, x);
   inverse_lengths<A, vectors>(x, f.channels, inverse);
-  const A inverse_sigma = static_cast<A>(1 / rows.sigma);
-  for (int64_t i = 0; i < lanes; ++i) scale[i] = inverse[i] * inverse_sigma;
+  const A inverse_sigma = static_cast<A>(1 / rows.sigma), per_sigma = static_cast<A>(log2_of_e / rows.sigma);
+  for (int64_t i = 0; i < lanes; ++i) scale[i] = inverse[i] * per_sigma;
   multiply_tile<A, vectors>(static_cast<const A*>(f.anchors), f.channels, 1, x, f.supports, f.channels, dots);
-  exponentials<A, vectors>(f, static_cast<const A*>(rows.bias), scale, static_cast<const A*>(nullptr), dots, kernel);
+  exponentials<A, vectors>(f, static_cast<const A*>(rows.bias), scale, static_cast<const A*>(nullptr), dots, kernel, [] {});
   A* of_kernel = values;  // which are done with
   multiply_tile<A, vectors>(static_cast<const A*>(f.projection), 1, f.supports, of_y, f.supports, f.bits, of_kernel);
   const A* squares = static_cast<const A*>(f.squares);
-  A all_of_sigma = A(0);
+  // Vector beside vector, in chains that do not wait for each other.
+  Register of_sigma[vectors], dot_sum[vectors], back[vectors], length[vectors], along[vectors][2];
   each_vector<A, vectors>([&](int v, int64_t at) {
-    Register of_sigma = V::zero(), dot_sum = V::zero();
-    const Register back = V::load(inverse + at) * V::set(A(-2));
-    for (int64_t j = 0; j < f.supports; ++j) {
+    of_sigma[v] = dot_sum[v] = along[v][0] = along[v][1] = V::zero();
+    length[v] = V::load(inverse + at);
+    back[v] = length[v] * V::set(A(-2));
+  });
+  for (int64_t j = 0; j < f.supports; ++j)
+    each_vector<A, vectors>([&](int v, int64_t at) {
       const Register q = V::load(kernel + j * lanes + at) * V::load(of_kernel + j * lanes + at);
       const Register dot = V::load(dots + j * lanes + at);
-      of_sigma = V::fma(q, V::fma(dot, back, V::set(squares[j])), of_sigma);
-      dot_sum = dot_sum + dot;
+      of_sigma[v] = V::fma(q, V::fma(dot, back[v], V::set(squares[j])), of_sigma[v]);
+      dot_sum[v] = dot_sum[v] + dot;
       V::store(kernel + j * lanes + at, q);
-    }
+    });
+  A all_of_sigma = A(0);
+  each_vector<A, vectors>([&](int v, int64_t at) {
     A lane[V::width];
-    V::store(lane, of_sigma);
-    for (int64_t i = 0; i < V::width && v * V::width + i < count; ++i) all_of_sigma += lane[i];
-    // u.anchor_sum / |x|^2, for `finish`
-    const Register length = V::load(inverse + at);
-    V::store(scale + at, dot_sum * length * length * length);
+    V::store(lane, of_sigma[v]);
+    for (int64_t i = 0; i < V::width && at + i < count; ++i) all_of_sigma += lane[i];
+    V::store(scale + at, dot_sum[v] * length[v] * length[v] * length[v]);  // u.anchor_sum / |x|^2, for `finish`
   });
   multiply_tile<A, vectors>(static_cast<const A*>(f.anchors), 1, f.channels, kernel, f.channels, f.supports, of_x);
-  each_vector<A, vectors>([&](int, int64_t at) {
-    const Register length = V::load(inverse + at);
-    Register along = V::zero();
-    for (int64_t c = 0; c < f.channels; ++c)
-      along = V::fma(V::load(x + c * lanes + at), V::load(of_x + c * lanes + at), along);
-    along = -along * length * length;
-    const Register factor = length * V::set(inverse_sigma);
-    for (int64_t c = 0; c < f.channels; ++c) {
-      A* to = of_x + c * lanes + at;
-      V::store(to, V::fma(V::load(x + c * lanes + at), along, V::load(to)) * factor);
+  const auto add_along = [&](int64_t c, int chain) {
+    each_vector<A, vectors>([&](int v, int64_t at) {
+      along[v][chain] = V::fma(V::load(x + c * lanes + at), V::load(of_x + c * lanes + at), along[v][chain]);
+    });
+  };
+  int64_t c = 0;
+  for (; c + 2 <= f.channels; c += 2) {
+    add_along(c, 0);
+    add_along(c + 1, 1);
+  }
+  if (c < f.channels) add_along(c, 0);
+  each_vector<A, vectors>([&](int v, int64_t at) {
+    const Register of_row = -(along[v][0] + along[v][1]) * length[v] * length[v], factor = length[v] * V::set(inverse_sigma);
+    for (int64_t i = 0; i < f.channels; ++i) {
+      A* to = of_x + i * lanes + at;
+      V::store(to, V::fma(V::load(x + i * lanes + at), of_row, V::load(to)) * factor);
     }
   });
   store_tile<A, T, vectors>(static_cast<T*>(call.grad_qk) + row * f.channels, f.channels, count, f.channels, of_x);

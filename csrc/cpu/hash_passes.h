@@ -48,6 +48,7 @@ struct HeadRows {
   char* at(std::int64_t head) const {
     return data + (head / heads * sample_stride + head % heads * head_stride) * bytes;
   }
+  HashAhead ahead(std::int64_t head) const { return {at(head), row_stride * bytes, cols * bytes}; }
 };
 
 // Codes [B, H, N], contiguous or not.
@@ -129,7 +130,7 @@ void add_up(A* sums, std::int64_t chunks, std::int64_t size) {
 
 inline void* tables(std::int64_t accumulator_bytes) {
   return scratch(ScratchUse::hash_tables,
-                 static_cast<std::size_t>(hash_table_rows * (hash_table_cols + 1) * accumulator_bytes));
+                 static_cast<std::size_t>(hash_table_rows * hash_table_cols * accumulator_bytes));
 }
 
 // What all calls have: the dtype's kernels and accumulators.

@@ -77,6 +77,13 @@ PYBIND11_MODULE(mmkernels_blocks, module) {
     if (values.size() < blocks.width) throw std::invalid_argument("fewer values than lanes");
     return blocks.sum(values.data());
   });
+  module.def("sums", [](const std::string& tier, const Floats& square) {
+    const mmk::VecBlocks& blocks = blocks_of(tier);
+    if (square.size() != blocks.width * blocks.width) throw std::invalid_argument("not a square of lanes");
+    Floats out(blocks.width);
+    blocks.sums(square.data(), out.mutable_data());
+    return out;
+  });
   module.def("fma", [](const std::string& tier, float a, float b, float c) { return blocks_of(tier).fma(a, b, c); });
   module.def("math", [](const std::string& tier, const std::string& name, const Floats& values) {
     return apply<float>(&mmk::MathBlock::floats, tier, name, values);

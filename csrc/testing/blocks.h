@@ -19,6 +19,7 @@ struct VecBlocks {
   void (*narrow_bfloat16_scalars)(const float*, bfloat16*, int64_t);
   void (*narrow_float16_scalars)(const float*, float16*, int64_t);
   float (*sum)(const float*);
+  void (*sums)(const float*, float*);  // of a square's rows
   float (*fma)(float, float, float);
 };
 
@@ -30,7 +31,7 @@ struct MathBlock {
 };
 
 struct MathBlocks {
-  MathBlock functions[4 + 2 * activation_count];
+  MathBlock functions[5 + 2 * activation_count];
 };
 
 #if MMK_X86_TIERS

@@ -19,6 +19,10 @@ void exp_of(const A* from, A* to, int64_t count) {
   map(from, to, count, [](auto x) { return exp<A>(x); });
 }
 template <class A>
+void exp2_of(const A* from, A* to, int64_t count) {
+  map(from, to, count, [](auto x) { return exp2<A>(x); });
+}
+template <class A>
 void erf_of(const A* from, A* to, int64_t count) {
   map(from, to, count, [](auto x) { return erf<A>(x); });
 }
@@ -51,6 +55,7 @@ void gradient_of(const A* from, A* to, int64_t count) {
 
 const MathBlocks math_blocks = {{
     MMK_MATH_BLOCK("exp", exp_of),
+    MMK_MATH_BLOCK("exp2", exp2_of),
     MMK_MATH_BLOCK("erf", erf_of),
     MMK_MATH_BLOCK("tanh", tanh_of),
     MMK_MATH_BLOCK("sigmoid", sigmoid_of),

@@ -28,6 +28,13 @@ void narrow_scalars(const float* from, T* to, int64_t count) {
 
 float sum_register(const float* from) { return Vec<float>::sum(Vec<float>::load(from)); }
 
+void sums_of_rows(const float* from, float* to) {
+  using V = Vec<float>;
+  V::Register rows[V::width];
+  for (int i = 0; i < V::width; ++i) rows[i] = V::load(from + i * V::width);
+  V::store(to, V::sums(rows));
+}
+
 float fma_lane(float a, float b, float c) {
   using V = Vec<float>;
   float lanes[V::width];
@@ -41,7 +48,7 @@ const VecBlocks vec_blocks = {
     Vec<float>::width,
     convert<bfloat16, float>, convert<float16, float>, convert<float, bfloat16>, convert<float, float16>,
     widen_scalars<bfloat16>, widen_scalars<float16>, narrow_scalars<bfloat16>, narrow_scalars<float16>,
-    sum_register,            fma_lane,
+    sum_register,            sums_of_rows,                fma_lane,
 };
 
 }  // namespace mmk::MMK_TIER

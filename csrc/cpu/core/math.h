@@ -72,6 +72,25 @@ inline typename Vec<A>::Register exp_of_negative(typename Vec<A>::Register x) {
   }
 }
 
+// 2^x; 0 below -126, infinity from 127.5 on (where the true result is finite yet). What is exp(y) is 2^(y / ln 2), which takes
+// three products fewer where the factor is part of one that is there anyway.
+template <class A>
+inline typename Vec<A>::Register exp2(typename Vec<A>::Register x) {
+  using V = Vec<A>;
+  using Register = typename V::Register;
+  if constexpr (is_double<A>) {
+    return by_lane<A>(x, [](A v) { return __builtin_exp2(v); });
+  } else {
+    constexpr A shift = 0x1.8p23f + 127;  // as in exp_in_range
+    // Below -126 the lowest integer, so that what would be subnormal is 0.
+    const Register in_range = V::max(V::set(-127.0f), V::min(V::set(128.0f), x));
+    const Register shifted = in_range + V::set(shift);
+    const Register r = in_range - (shifted - V::set(shift));  // -1/2 to 1/2
+    const Register p = polynomial<A>(r, 1.0f, 0.693147004f, 0.240222424f, 0.0555073358f, 0.00967151299f, 0.00132647273f);
+    return p * V::low_bits_to_exponent(shifted);
+  }
+}
+
 // log(x) of a positive normal number, one lane: x = 2^k m with m around 1, and log(m) = r + r^2 p(r), r = m - 1. Loops over
 // arrays of these become vectors by the compiler's own hand.
 inline double log_of_positive(double x) { return __builtin_log(x); }

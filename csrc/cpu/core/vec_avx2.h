@@ -123,6 +123,17 @@ struct Vec<float> {
     return _mm_cvtss_f32(_mm_add_ss(quarter, _mm_movehdup_ps(quarter)));
   }
 
+  // Lane i: the sum of row i.
+  static Register sums(const Register (&rows)[width]) {
+    Register pairs[4], quads[2];
+    for (int i = 0; i < 4; ++i)
+      pairs[i] = _mm256_add_ps(_mm256_unpacklo_ps(rows[2 * i], rows[2 * i + 1]), _mm256_unpackhi_ps(rows[2 * i], rows[2 * i + 1]));
+    for (int i = 0; i < 2; ++i)
+      quads[i] = _mm256_add_ps(_mm256_shuffle_ps(pairs[2 * i], pairs[2 * i + 1], 0x44),
+                               _mm256_shuffle_ps(pairs[2 * i], pairs[2 * i + 1], 0xee));
+    return _mm256_add_ps(_mm256_permute2f128_ps(quads[0], quads[1], 0x20), _mm256_permute2f128_ps(quads[0], quads[1], 0x31));
+  }
+
   // A square of width vectors, rows to columns.
   static void transpose(Register (&rows)[width]) {
     Register pairs[8], quads[8];

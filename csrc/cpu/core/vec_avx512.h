@@ -135,8 +135,23 @@ struct Vec<float> {
     return _mm_cvtss_f32(_mm_add_ss(eighth, _mm_movehdup_ps(eighth)));
   }
 
+  // Lane i: the sum of row i.
+  static Register sums(const Register (&rows)[width]) {
+    Register pairs[8], quads[4], halves[2];
+    for (int i = 0; i < 8; ++i)
+      pairs[i] = _mm512_add_ps(_mm512_unpacklo_ps(rows[2 * i], rows[2 * i + 1]), _mm512_unpackhi_ps(rows[2 * i], rows[2 * i + 1]));
+    for (int i = 0; i < 4; ++i)
+      quads[i] = _mm512_add_ps(_mm512_shuffle_ps(pairs[2 * i], pairs[2 * i + 1], 0x44),
+                               _mm512_shuffle_ps(pairs[2 * i], pairs[2 * i + 1], 0xee));
+    // quads[i] holds, in each of its four parts of 128 bits, a part of the sums of rows 4 i to 4 i + 3.
+    for (int i = 0; i < 2; ++i)
+      halves[i] = _mm512_add_ps(_mm512_shuffle_f32x4(quads[2 * i], quads[2 * i + 1], 0x88),
+                                _mm512_shuffle_f32x4(quads[2 * i], quads[2 * i + 1], 0xdd));
+    return _mm512_add_ps(_mm512_shuffle_f32x4(halves[0], halves[1], 0x88), _mm512_shuffle_f32x4(halves[0], halves[1], 0xdd));
+  }
+
   // A square of width vectors, rows to columns.
-  static void transpose(Register (&rows)[width]) {
+  [[gnu::always_inline]] static void transpose(Register (&rows)[width]) {
     Register pairs[16], quads[16], halves[16];
     for (int i = 0; i < 8; ++i) {
       pairs[2 * i] = _mm512_unpacklo_ps(rows[2 * i], rows[2 * i + 1]);

@@ -90,6 +90,13 @@ struct GenericVec {
     return result;
   }
 
+  // Lane i: the sum of row i.
+  static Register sums(const Register (&rows)[width]) {
+    Register result;
+    for (int i = 0; i < width; ++i) result[i] = sum(rows[i]);
+    return result;
+  }
+
   // A square of width vectors, rows to columns.
   static void transpose(Register (&rows)[width]) {
     for (int i = 0; i < width; ++i)
