@@ -67,6 +67,14 @@ def test_sum_of_a_register(blocks: ModuleType, tier: str) -> None:
 
 
 @over_tiers
+def test_sums_of_a_square(blocks: ModuleType, tier: str) -> None:
+    """Lane i is the sum of row i, of which every lane counts once."""
+    width = blocks.width(tier)
+    square = 2.0 ** np.arange(width, dtype=np.float32) * (1 + np.arange(width, dtype=np.float32)[:, None])
+    assert blocks.sums(tier, square.ravel()).tolist() == [(2.0**width - 1) * (1 + row) for row in range(width)]
+
+
+@over_tiers
 def test_fma(blocks: ModuleType, tier: str) -> None:
     assert blocks.fma(tier, 3.0, 5.0, 7.0) == 22.0
     if tier != "generic":  # a true one rounds once

@@ -103,6 +103,27 @@ inline void inverse_lengths(const A* tile, int64_t channels, A* inverse) {
   for (int64_t i = 0; i < lanes; ++i) inverse[i] = A(1) / square_root(inverse[i]);
 }
 
+// Rows that the next tiles read, asked for while exponentials are made.
+class TileAhead {
+ public:
+  void add(const HashAhead& of, int64_t row, int64_t count) {
+    if (of.rows == nullptr || count <= 0) return;
+    operands_[operands_count_++] = {static_cast<const char*>(of.rows) + row * of.stride, of.stride, of.bytes, count};
+    lines_ = most(lines_, count * ceil_div(of.bytes, 64));
+  }
+  // One of so many looks.
+  void look(int64_t looks) {
+    const int64_t at_once = ceil_div(lines_, looks);
+    for (int operand = 0; operand < operands_count_; ++operand)
+      for (int64_t i = 0; i < at_once; ++i) operands_[operand].look();
+  }
+
+ private:
+  LinesAhead operands_[4];
+  int operands_count_ = 0;
+  int64_t lines_ = 0;  // of one operand at most
+};
+
 // --- forward --------------------------------------------------------------------------------------------------------------
 template <class T>
 void widen_all(const void* from, int64_t count, void* to) {
@@ -175,9 +196,9 @@ void units(const HashRows& call, int64_t begin, int64_t end, void* sum) {
 }
 
 // The dot products of a tile's rows with the anchors become kernels: 2^(bias + dot scale), less the mean where it is given.
-// `look` is called on the way, once a support.
-template <class A, int vectors, class Look>
-inline void exponentials(const HashFunction& f, const A* bias, const A* scale, const A* mean, const A* dots, A* to, const Look& look) {
+template <class A, int vectors>
+inline void exponentials(const HashFunction& f, const A* bias, const A* scale, const A* mean, const A* dots, A* to,
+                         TileAhead& ahead) {
   using V = Vec<A>;
   using Register = typename V::Register;
   constexpr int64_t lanes = vectors * V::width;
@@ -189,7 +210,7 @@ inline void exponentials(const HashFunction& f, const A* bias, const A* scale, c
       const Register power = exp2<A>(V::fma(V::load(dots + j * lanes + at), scales[v], added));
       V::store(to + j * lanes + at, power - taken);
     });
-    look();
+    ahead.look(f.supports);
   }
 }
 
@@ -223,21 +244,11 @@ inline bool hash_tile(const HashCodes& call, int64_t row, int64_t count, void* t
   inverse_lengths<A, vectors>(x, f.channels, scale);
   const A per_sigma = static_cast<A>(log2_of_e / rows.sigma);
   for (int64_t i = 0; i < lanes; ++i) scale[i] *= per_sigma;
-  LinesAhead ahead[2];
-  int64_t lines = 0;
-  const auto ask = [&](const HashAhead& of, LinesAhead& to) {
-    if (of.rows == nullptr) return;
-    to = {static_cast<const char*>(of.rows) + row * of.stride, of.stride, of.bytes, count};
-    lines = most(lines, count * ceil_div(of.bytes, 64));
-  };
-  ask(call.values, ahead[0]);
-  ask(call.next, ahead[1]);
-  const int64_t at_once = ceil_div(lines, f.supports);
+  TileAhead ahead;
+  ahead.add(call.values, row, count);
+  ahead.add(call.next, row, count);
   multiply_tile<A, vectors>(static_cast<const A*>(f.anchors), f.channels, 1, x, f.supports, f.channels, kernel);
-  exponentials<A, vectors>(f, static_cast<const A*>(rows.bias), scale, static_cast<const A*>(f.mean), kernel, kernel, [&] {
-    for (int64_t i = 0; i < at_once; ++i)
-      for (LinesAhead& lines : ahead) lines.look();
-  });
+  exponentials<A, vectors>(f, static_cast<const A*>(rows.bias), scale, static_cast<const A*>(f.mean), kernel, kernel, ahead);
   multiply_tile<A, vectors>(static_cast<const A*>(f.projection), f.supports, 1, kernel, f.bits, f.supports, y);
   Words<A> unordered{};
   store_bits<A, vectors>(y, f.bits, count, call.codes + row, [&](const typename V::Register& value) {
@@ -281,7 +292,7 @@ bool hash(const HashCodes& call, int64_t begin, int64_t end, void* tile) {
 //   grad y = S g' + t z + dS v + dz where it passes,  q = e (projection^T grad y),
 //   grad qk = (P - u (u.P)) / |x| with P = anchors^T q / sigma, and sigma's part from the sum of q d / (2 sigma^2).
 template <class T, int vectors>
-inline accumulator_t<T> backward_tile(const HashBackward& call, int64_t row, int64_t count, void* tile) {
+inline accumulator_t<T> backward_tile(const HashBackward& call, int64_t row, int64_t count, int64_t end, void* tile) {
   using A = accumulator_t<T>;
   using V = Vec<A>;
   using Register = typename V::Register;
@@ -327,12 +338,21 @@ inline accumulator_t<T> backward_tile(const HashBackward& call, int64_t row, int
     }
   });
 
+  TileAhead ahead;
+  const auto add = [&](const void* from, int64_t stride, int64_t channels) {
+    constexpr int64_t bytes = sizeof(T);
+    ahead.add({from, stride * bytes, channels * bytes}, row + lanes, least(lanes, end - row - lanes));
+  };
+  add(call.grad, call.width, call.width);
+  add(call.v, call.v_stride, call.width);
+  add(rows.qk, rows.stride, f.channels);
+  add(call.grad_qk, f.channels, f.channels);
   load_tile<A, T, vectors>(static_cast<const T*>(rows.qk) + row * rows.stride, rows.stride, count, f.channels, nullptr, x);
   inverse_lengths<A, vectors>(x, f.channels, inverse);
   const A inverse_sigma = static_cast<A>(1 / rows.sigma), per_sigma = static_cast<A>(log2_of_e / rows.sigma);
   for (int64_t i = 0; i < lanes; ++i) scale[i] = inverse[i] * per_sigma;
   multiply_tile<A, vectors>(static_cast<const A*>(f.anchors), f.channels, 1, x, f.supports, f.channels, dots);
-  exponentials<A, vectors>(f, static_cast<const A*>(rows.bias), scale, static_cast<const A*>(nullptr), dots, kernel, [] {});
+  exponentials<A, vectors>(f, static_cast<const A*>(rows.bias), scale, static_cast<const A*>(nullptr), dots, kernel, ahead);
   A* of_kernel = values;  // which are done with
   multiply_tile<A, vectors>(static_cast<const A*>(f.projection), 1, f.supports, of_y, f.supports, f.bits, of_kernel);
   const A* squares = static_cast<const A*>(f.squares);
@@ -387,7 +407,7 @@ template <class T>
 double backward(const HashBackward& call, int64_t begin, int64_t end, void* tile) {
   double of_sigma = 0;
   each_tile<accumulator_t<T>>(begin, end, [&]<int vectors>(int64_t row, int64_t count) {
-    of_sigma += backward_tile<T, vectors>(call, row, count, tile);
+    of_sigma += backward_tile<T, vectors>(call, row, count, end, tile);
   });
   return of_sigma / (2 * call.rows.sigma * call.rows.sigma);
 }
