@@ -32,5 +32,18 @@ inline void store_row(const A* from, int64_t channels, bool stream, T* to) {
   }
 }
 
+// The same times a factor.
+template <class A, class T>
+inline void store_row(const A* from, A factor, int64_t channels, bool stream, T* to) {
+  using V = Vec<A>;
+  if (stream) {
+    for (int64_t c = 0; c < channels; c += V::width) V::stream(to + c, V::load(from + c) * V::set(factor));
+  } else {
+    for_each_vector<A>(channels, [&](int64_t c, int64_t lanes) {
+      store_lanes<A>(to + c, load_lanes<A>(from + c, lanes) * V::set(factor), lanes);
+    });
+  }
+}
+
 }  // namespace
 }  // namespace mmk::MMK_TIER

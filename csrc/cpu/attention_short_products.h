@@ -97,7 +97,7 @@ struct Short<bfloat16> {
 
   template <class F>
   static void make_columns(int64_t count, int64_t channels, bfloat16* to, const F& row) {
-    pairs_to_lanes(count > V::width ? 2 : 1, count, channels, to, row);
+    pairs_to_lanes(count > V::width ? 2 : 1, count, channels, to, panel_pairs, row);
   }
   static bool in_place(int64_t channels) { return channels % 2 == 0; }
   template <class F>

@@ -76,6 +76,7 @@ class Problem {
   Problem(const Problem&) = delete;
 
   bool is_double() const { return dtype == 3; }
+  bool is_bfloat16() const { return dtype == 1; }
   std::int64_t pairs() const { return call.batch * call.kv_heads; }
   std::int64_t scratch_bytes() const { return linear_attention_scratch(call) * (is_double() ? 8 : 4); }
   // The cost of `rows` rows of products with the state, in the elements of parallel.h.
@@ -129,6 +130,26 @@ class Problem {
 
   std::vector<std::int64_t> cu_q_, cu_k_;
 };
+
+// Kernels and the name that the trace has for them.
+template <class Kernels>
+Tier<Kernels> tier_of(const Problem& problem, const Tiers<Kernels>& tiers, const Kernels* pairs) {
+  if (pairs != nullptr && problem.is_bfloat16() && has_bf16_pairs()) return {pairs, bf16_pairs_name};
+  return tier_for(tiers, problem.is_double());
+}
+#if MMK_X86_TIERS && !MMK_EMULATE_AVX512
+#define MMK_PAIRS(name) &avx512_bf16::name
+#else
+#define MMK_PAIRS(name) nullptr
+#endif
+Tier<LinearAttentionTier> forward_tier(const Problem& problem) {
+  return tier_of<LinearAttentionTier>(problem, linear_attention_kernels_tiers, MMK_PAIRS(linear_attention_kernels));
+}
+Tier<LinearAttentionBackwardTier> backward_tier(const Problem& problem) {
+  return tier_of<LinearAttentionBackwardTier>(problem, linear_attention_backward_kernels_tiers,
+                                              MMK_PAIRS(linear_attention_backward_kernels));
+}
+#undef MMK_PAIRS
 
 template <class Kernel, class Call>
 void run(const Problem& problem, const Call& call, std::int64_t items, std::int64_t work, Kernel kernel) {
@@ -222,7 +243,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_attention(Tensor q, Tensor k, Tensor v
   LinearAttentionCall& call = problem.call;
   Tensor out = new_heads(q, q, call.value_dim, problem.packed);
   Tensor final_s = problem.new_state(q, true), final_z = problem.new_state(q, false);
-  const auto tier = tier_for(linear_attention_kernels_tiers, problem.is_double());
+  const auto tier = forward_tier(problem);
   trace("linear_attention", tier.name);
   if (problem.pairs() == 0) return {out, final_s, final_z};
   call.out = heads_operand(out, problem.packed);
@@ -266,7 +287,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_attention_backward(
   Tensor grad_q = new_heads(q, q, call.dim, packed), grad_k = new_heads(q, k, call.dim, packed);
   Tensor grad_v = new_heads(q, k, call.value_dim, packed);
   Tensor grad_state_s = problem.new_state(q, true), grad_state_z = problem.new_state(q, false);
-  const auto tier = tier_for(linear_attention_backward_kernels_tiers, problem.is_double());
+  const auto tier = backward_tier(problem);
   trace("linear_attention_backward", tier.name);
   const std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> results{grad_q, grad_k, grad_v, grad_state_s, grad_state_z};
   if (problem.pairs() == 0) return results;
@@ -327,7 +348,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_attention_backward(
   if (call.segments > 1) {
     call.partial = partial->mutable_data_ptr();
     back.partial = partial_gradients->mutable_data_ptr();
-    const LinearAttentionKernels& forward = tier_for(linear_attention_kernels_tiers, problem.is_double()).kernels->kernels[problem.dtype];
+    const LinearAttentionKernels& forward = forward_tier(problem).kernels->kernels[problem.dtype];
     run(problem, call, items, problem.work(length), forward.sums);
     join(problem, call.partial, call.first_s, call.first_z, nullptr, nullptr, false);
   }

@@ -73,6 +73,11 @@ struct LinearAttentionBackwardTier {
 
 MMK_TIERS(LinearAttentionTier, linear_attention_kernels)
 MMK_TIERS(LinearAttentionBackwardTier, linear_attention_backward_kernels)
+#if MMK_X86_TIERS
+// bfloat16 alone.
+MMK_DECLARE_TIER(avx512_bf16, LinearAttentionTier, linear_attention_kernels)
+MMK_DECLARE_TIER(avx512_bf16, LinearAttentionBackwardTier, linear_attention_backward_kernels)
+#endif
 
 // --- how work is cut ----------------------------------------------------------------------------------------------------
 inline constexpr int64_t linear_attention_chunk = 64;    // rows whose features are at hand
@@ -88,8 +93,8 @@ inline int64_t linear_attention_segments(const LinearAttentionCall& call, int64_
 
 // Elements of scratch, enough for every kernel and the vectors of every tier.
 inline int64_t linear_attention_scratch(const LinearAttentionCall& call) {
-  const int64_t dim = rounded_up(call.dim, 16), value_dim = rounded_up(call.value_dim, 16);
-  return 3 * dim * value_dim + linear_attention_chunk * (6 * (dim + value_dim) + 2 * linear_attention_chunk + 4) + 8 * dim + 512;
+  const int64_t dim = rounded_up(call.dim, 32), value_dim = rounded_up(call.value_dim, 32);
+  return 4 * (dim + 1) * value_dim + linear_attention_chunk * (6 * (dim + value_dim) + 4 * linear_attention_chunk) + 8 * dim + 1024;
 }
 
 }  // namespace mmk

@@ -17,7 +17,7 @@ void sums(const LinearAttentionCall& call, int64_t begin, int64_t end, void* scr
       const StateAt<A> first = StateAt<A>::pair(call, call.first_s, call.first_z, sequence.pair);
       state.load(call, first.s, first.z);
     }
-    Keys<A, T> keys(call, buffers, false, false);
+    Keys<A, T> keys(call, buffers, in_down, in_down);
     const A* shift = key_shift<A, T>(call, sequence, buffers);
     for (int64_t j = range.begin; j < range.end; j += chunk_rows) {
       const int64_t count = least(chunk_rows, range.end - j);
@@ -48,20 +48,22 @@ void queries(const LinearAttentionCall& call, int64_t begin, int64_t end, void* 
     const StateAt<A> from = StateAt<A>::pair(call, call.final_s, call.final_z, sequence.pair);
     state.load(call, from.s, from.z);
     const Totals<A> totals(call, state, buffers);
+    Forms<A, T> of_state(buffers, call.dim, call.value_dim, in_down), of_queries(buffers, query_rows, call.dim, in_along);
+    of_state.make(state.rows(call), call.dim);
     A* features = buffers.rows(query_rows, call.dim);
     A* results = buffers.take(query_rows * shape.value_dim);
+    A inverse[query_rows];
     for (int64_t i = range.begin; i < range.end; i += query_rows) {
       const int64_t count = least(query_rows, range.end - i);
       query_features<A, T>(call, sequence, head, i, count, features);
-      for (int64_t r = 0; r < count; ++r) {
-        A* row = features + r * shape.dim;
-        if (totals.divides) scale_row(row, shape.dim, totals.inverse(dot<A>(row, totals.z, shape.dim)));
-      }
+      of_queries.make({features, shape.dim}, count);
+      if (totals.divides) row_dots<A>(features, shape.dim, count, totals.z, 0, inverse);
+      for (int64_t r = 0; r < count; ++r) inverse[r] = totals.divides ? totals.inverse(inverse[r]) : A(1);
       Ahead* ahead = following.look(i + count, least(i + count + query_rows, range.end), 1, call.dim, count, shape.value_dim,
                                     [&](int64_t, int64_t next) { return sequence.query<T>(call.q, head, next); });
-      by_rows<A>({features, shape.dim}, state.rows(call), call.dim, count, shape.value_dim, false, results, shape.value_dim, ahead);
+      Form<A, T>::by_rows(of_queries.along, of_state.down, call.dim, count, shape.value_dim, false, results, shape.value_dim, ahead);
       for (int64_t r = 0; r < count; ++r)
-        store_row(results + r * shape.value_dim, call.value_dim, stream, sequence.query<T>(call.out, head, i + r));
+        store_row(results + r * shape.value_dim, inverse[r], call.value_dim, stream, sequence.query<T>(call.out, head, i + r));
     }
   }
   if (stream) stream_fence();
@@ -69,6 +71,7 @@ void queries(const LinearAttentionCall& call, int64_t begin, int64_t end, void* 
 
 template <class A, class T>
 void causal(const LinearAttentionCall& call, int64_t begin, int64_t end, void* scratch) {
+  using F = Form<A, T>;
   const Shape<A> shape(call);
   const int64_t group = call.heads / call.kv_heads;
   const bool stream = rows_stream<T>(call, call.out, call.value_dim);
@@ -81,27 +84,29 @@ void causal(const LinearAttentionCall& call, int64_t begin, int64_t end, void* s
                                                : StateAt<A>::segment(call, call.partial, item);
     state.load(call, from.s, from.z);
     const Totals<A> totals(call, state, buffers);
-    Keys<A, T> keys(call, buffers, true, false);
+    Keys<A, T> keys(call, buffers, in_across | in_down, in_down);
+    Forms<A, T> of_state(buffers, call.dim, call.value_dim, in_down), of_queries(buffers, chunk_rows, call.dim, in_along),
+        of_scores(buffers, chunk_rows, chunk_rows, in_along);
     A* features = buffers.rows(chunk_rows, call.dim);
     A* results = buffers.take(chunk_rows * shape.value_dim);
     A* scores = buffers.take(chunk_rows * chunk_rows);
+    A inverse[chunk_rows];
     for (int64_t i = range.begin; i < range.end; i += chunk_rows) {
       const int64_t count = least(chunk_rows, range.end - i);
       keys.load(call, sequence, i, count, nullptr);
+      of_state.make(state.rows(call), call.dim);
       for (int64_t head = sequence.h * group; head < (sequence.h + 1) * group; ++head) {
         query_features<A, T>(call, sequence, head, i, count, features);
-        triangle_scores<A>({features, shape.dim}, keys.features_across, call.dim, count, scores);
-        for (int64_t r = 0; totals.divides && r < count; ++r) {
-          A* row = features + r * shape.dim;
-          A* seen = scores + r * chunk_rows;
-          const A inverse = totals.inverse(dot<A>(row, totals.z, shape.dim) + row_sum(seen, padded<A>(r + 1)));
-          scale_row(row, shape.dim, inverse);
-          scale_row(seen, padded<A>(r + 1), inverse);
-        }
-        by_rows<A>({features, shape.dim}, state.rows(call), call.dim, count, shape.value_dim, false, results, shape.value_dim);
-        add_seen<A>(scores, keys.values, count, shape.value_dim, results, shape.value_dim);
+        of_queries.make({features, shape.dim}, count);
+        triangle_scores<A, F>(of_queries.along, keys.keys.across, call.dim, count, scores);
+        of_scores.make({scores, chunk_rows}, count);
+        if (totals.divides) row_dots<A>(features, shape.dim, count, totals.z, 0, inverse);
         for (int64_t r = 0; r < count; ++r)
-          store_row(results + r * shape.value_dim, call.value_dim, stream, sequence.query<T>(call.out, head, i + r));
+          inverse[r] = totals.divides ? totals.inverse(inverse[r] + row_sum(scores + r * chunk_rows, padded<A>(r + 1))) : A(1);
+        F::by_rows(of_queries.along, of_state.down, call.dim, count, shape.value_dim, false, results, shape.value_dim);
+        add_seen<A, F>(of_scores.along, keys.values.down, count, shape.value_dim, results, shape.value_dim);
+        for (int64_t r = 0; r < count; ++r)
+          store_row(results + r * shape.value_dim, inverse[r], call.value_dim, stream, sequence.query<T>(call.out, head, i + r));
       }
       keys.add_to(call, count, state);
     }
@@ -115,6 +120,10 @@ void causal(const LinearAttentionCall& call, int64_t begin, int64_t end, void* s
 
 }  // namespace
 
+#if MMK_TIER_ID(MMK_TIER) == MMK_TIER_IS_avx512_bf16
+const LinearAttentionTier linear_attention_kernels = {
+    {{}, {sums<float, bfloat16>, queries<float, bfloat16>, causal<float, bfloat16>}, {}, {}}};
+#else
 const LinearAttentionTier linear_attention_kernels = {{
     {sums<float, float>, queries<float, float>, causal<float, float>},
     {sums<float, bfloat16>, queries<float, bfloat16>, causal<float, bfloat16>},
@@ -125,5 +134,6 @@ const LinearAttentionTier linear_attention_kernels = {{
     {},
 #endif
 }};
+#endif
 
 }  // namespace mmk::MMK_TIER

@@ -31,14 +31,9 @@ inline void multiply_add_row(const A* x, A factor, const A* y, A weight, int64_t
     V::store(to + i, V::fma(V::load(x + i), V::set(factor), V::load(y + i) * V::set(weight)));
 }
 
-// The gradient of the state, made of S alone: its rows are there, its transpose is wanted.
-template <class A>
-inline void transpose_state(const LinearAttentionCall& call, const State<A>& state, A* across) {
-  transpose_rows<A>(state.rows(call), call.dim, call.value_dim, across, padded<A>(call.dim));
-}
-
 template <class A, class T>
 void queries(const LinearAttentionBackward& back, int64_t begin, int64_t end, void* scratch) {
+  using F = Form<A, T>;
   const LinearAttentionCall& call = back.call;
   const Shape<A> shape(call);
   const int64_t group = call.heads / call.kv_heads;
@@ -52,42 +47,45 @@ void queries(const LinearAttentionBackward& back, int64_t begin, int64_t end, vo
     const StateAt<A> from = StateAt<A>::pair(call, call.final_s, call.final_z, sequence.pair);
     state.load(call, from.s, from.z);
     const Totals<A> totals(call, state, buffers);
-    A* across = buffers.take(call.value_dim * shape.dim);
-    transpose_state(call, state, across);
+    Forms<A, T> of_state(buffers, call.dim, call.value_dim, in_across), of_features(buffers, query_rows, call.dim, in_down);
+    Forms<A, T> upstream = Forms<A, T>::of_rows(buffers, query_rows, call.value_dim, in_along | in_down);
+    of_state.make(state.rows(call), call.dim);
     if (call.segments == 1) {
-      const StateAt<A> upstream = StateAt<A>::pair(call, back.upstream_s, back.upstream_z, sequence.pair);
-      gradient.load(call, upstream.s, upstream.z);
+      const StateAt<A> returned = StateAt<A>::pair(call, back.upstream_s, back.upstream_z, sequence.pair);
+      gradient.load(call, returned.s, returned.z);
     }
     A* features = buffers.rows(query_rows, call.dim);
-    A* copied = buffers.rows(query_rows, call.value_dim);
     A* results = buffers.take(query_rows * shape.dim);
-    A of_totals[query_rows];
+    A of_totals[query_rows], inverse[query_rows];
     for (int64_t head = sequence.h * group; head < (sequence.h + 1) * group; ++head)
       for (int64_t i = range.begin; i < range.end; i += query_rows) {
         const int64_t count = least(query_rows, range.end - i);
         query_features<A, T>(call, sequence, head, i, count, features);
-        const Staged<A> upstream =
-            stage<A, T>(sequence.query<T>(back.grad_out, head, i), back.grad_out.row, count, call.value_dim, copied);
-        by_rows<A>(upstream, {across, shape.dim}, call.value_dim, count, shape.dim, false, results, shape.dim);
+        upstream.make(sequence.query<T>(back.grad_out, head, i), back.grad_out.row, count);
+        F::by_rows(upstream.along, of_state.across, call.value_dim, count, shape.dim, false, results, shape.dim);
+        if (totals.divides) {
+          row_dots<A>(features, shape.dim, count, totals.z, 0, inverse);
+          row_dots<A>(features, shape.dim, count, results, shape.dim, of_totals);
+        }
         for (int64_t r = 0; r < count; ++r) {
           A* row = features + r * shape.dim;
           A* result = results + r * shape.dim;
-          of_totals[r] = A(0);
           if (totals.divides) {
-            const A inverse = totals.inverse(dot<A>(row, totals.z, shape.dim));
-            of_totals[r] = -dot<A>(row, result, shape.dim) * inverse;  // times the total: so the rows below are scaled
-            multiply_add_row(result, inverse, totals.z, of_totals[r] * inverse, shape.dim, result);
+            const A factor = totals.inverse(inverse[r]);
+            of_totals[r] *= -factor;  // times the total: so the rows below are scaled
+            multiply_add_row(result, factor, totals.z, of_totals[r] * factor, shape.dim, result);
             store_gradient(call.feature_map, result, row, call.dim, stream, sequence.query<T>(back.grad_q, head, i + r));
-            scale_row(row, shape.dim, inverse);
+            scale_row(row, shape.dim, factor);
           } else {
             store_gradient(call.feature_map, result, row, call.dim, stream, sequence.query<T>(back.grad_q, head, i + r));
           }
         }
         if (totals.divides) add_columns<A>(features, shape.dim, count, of_totals, gradient.z);
+        of_features.make({features, shape.dim}, count);
         Ahead* ahead = following.look(
             i + count, least(i + count + query_rows, range.end), 2, count, call.dim, shape.value_dim,
             [&](int64_t which, int64_t next) { return sequence.query<T>(which == 0 ? call.q : back.grad_out, head, next); });
-        by_cols<A>({features, shape.dim}, upstream, count, call.dim, shape.value_dim, gradient.s, shape.value_dim, ahead);
+        F::by_cols(of_features.down, upstream.down, count, call.dim, shape.value_dim, gradient.s, shape.value_dim, ahead);
       }
     const StateAt<A> to = call.segments == 1 ? StateAt<A>::pair(call, back.grad_s, back.grad_z, sequence.pair)
                                              : StateAt<A>::segment(call, back.partial, item);
@@ -135,6 +133,7 @@ inline void fill_rows(const A* row, int64_t row_size, int64_t count, A* to) {
 
 template <class A, class T>
 void keys(const LinearAttentionBackward& back, int64_t begin, int64_t end, void* scratch) {
+  using F = Form<A, T>;
   const LinearAttentionCall& call = back.call;
   const Shape<A> shape(call);
   const bool is_softmax = call.feature_map == FeatureMap::softmax;
@@ -149,9 +148,9 @@ void keys(const LinearAttentionBackward& back, int64_t begin, int64_t end, void*
     const State<A> gradient(call, buffers);
     const StateAt<A> from = StateAt<A>::pair(call, back.grad_s, back.grad_z, sequence.pair);
     gradient.load(call, from.s, from.z);
-    A* across = buffers.take(call.value_dim * shape.dim);
-    transpose_state(call, gradient, across);
-    Keys<A, T> at_hand(call, buffers, false, false);
+    Forms<A, T> of_gradient(buffers, call.dim, call.value_dim, in_across | in_down);
+    of_gradient.make(gradient.rows(call), call.dim);
+    Keys<A, T> at_hand(call, buffers, in_along, in_along);
     A* of_keys = buffers.take(chunk_rows * shape.dim);
     A* of_values = buffers.take(chunk_rows * shape.value_dim);
     const A* shift = key_shift<A, T>(call, sequence, buffers);
@@ -161,8 +160,8 @@ void keys(const LinearAttentionBackward& back, int64_t begin, int64_t end, void*
       fill_rows(gradient.z, shape.dim, count, of_keys);
       Ahead* ahead = following.look(j + count, least(j + count + chunk_rows, range.end), 2, call.value_dim, count, shape.dim,
                                     [&](int64_t which, int64_t next) { return sequence.key<T>(which == 0 ? call.k : call.v, next); });
-      by_rows<A>(at_hand.values, {across, shape.dim}, call.value_dim, count, shape.dim, true, of_keys, shape.dim, ahead);
-      by_rows<A>(at_hand.rows(call), gradient.rows(call), call.dim, count, shape.value_dim, false, of_values, shape.value_dim);
+      F::by_rows(at_hand.values.along, of_gradient.across, call.value_dim, count, shape.dim, true, of_keys, shape.dim, ahead);
+      F::by_rows(at_hand.keys.along, of_gradient.down, call.dim, count, shape.value_dim, false, of_values, shape.value_dim);
       gradients.store(sequence, j, count, of_keys, at_hand.features, of_values);
     }
   }
@@ -172,26 +171,27 @@ void keys(const LinearAttentionBackward& back, int64_t begin, int64_t end, void*
 // `slopes`.
 template <class A, class T>
 struct CausalQueries {
+  using F = Form<A, T>;
   A* features;
-  A* copied;
   A* scores;
   A* slopes;
-  Staged<A> upstream;
+  Forms<A, T> queries, upstream;
 
   CausalQueries(const LinearAttentionCall& call, Buffers<A>& buffers)
       : features(buffers.rows(chunk_rows, call.dim)),
-        copied(buffers.rows(chunk_rows, call.value_dim)),
         scores(buffers.take(chunk_rows * chunk_rows)),
         slopes(buffers.take(chunk_rows * chunk_rows)),
-        upstream{nullptr, 0} {}
+        queries(buffers, chunk_rows, call.dim, in_along),
+        upstream(Forms<A, T>::of_rows(buffers, chunk_rows, call.value_dim, in_along | in_down)) {}
 
   void load(const LinearAttentionBackward& back, const Sequence& sequence, int64_t head, int64_t i, int64_t count,
             const Keys<A, T>& keys) {
     const LinearAttentionCall& call = back.call;
     query_features<A, T>(call, sequence, head, i, count, features);
-    upstream = stage<A, T>(sequence.query<T>(back.grad_out, head, i), back.grad_out.row, count, call.value_dim, copied);
-    triangle_scores<A>({features, padded<A>(call.dim)}, keys.features_across, call.dim, count, scores);
-    triangle_scores<A>(upstream, keys.values_across, call.value_dim, count, slopes);
+    queries.make({features, padded<A>(call.dim)}, count);
+    upstream.make(sequence.query<T>(back.grad_out, head, i), back.grad_out.row, count);
+    triangle_scores<A, F>(queries.along, keys.keys.across, call.dim, count, scores);
+    triangle_scores<A, F>(upstream.along, keys.values.across, call.value_dim, count, slopes);
   }
 
   // Row r of slopes becomes that of dP. (Beyond the diagonal they are zero.)
@@ -205,6 +205,7 @@ struct CausalQueries {
 
 template <class A, class T>
 void causal_queries(const LinearAttentionBackward& back, int64_t begin, int64_t end, void* scratch) {
+  using F = Form<A, T>;
   const LinearAttentionCall& call = back.call;
   const Shape<A> shape(call);
   const int64_t group = call.heads / call.kv_heads;
@@ -219,18 +220,21 @@ void causal_queries(const LinearAttentionBackward& back, int64_t begin, int64_t 
                                                : StateAt<A>::segment(call, call.partial, item);
     first.load(call, from.s, from.z);
     A* across = buffers.rows(call.value_dim, call.dim);
-    transpose_state(call, first, across);
+    transpose_rows<A>(first.rows(call), call.dim, call.value_dim, across, shape.dim);
     const Totals<A> totals(call, first, buffers);
-    Keys<A, T> keys(call, buffers, true, true);
+    Keys<A, T> keys(call, buffers, in_across | in_down, in_across | in_down);
     CausalQueries<A, T> at_hand(call, buffers);
+    Forms<A, T> of_across(buffers, call.value_dim, call.dim, in_down), of_slopes(buffers, chunk_rows, chunk_rows, in_along),
+        of_features(buffers, chunk_rows, call.dim, in_down);
     A* results = buffers.take(chunk_rows * shape.dim);
     for (int64_t i = range.begin; i < range.end; i += chunk_rows) {
       const int64_t count = least(chunk_rows, range.end - i);
       keys.load(call, sequence, i, count, nullptr);
+      of_across.make({across, shape.dim}, call.value_dim);
       for (int64_t head = sequence.h * group; head < (sequence.h + 1) * group; ++head) {
         const TotalsAt<A> kept(back, sequence, head);
         at_hand.load(back, sequence, head, i, count, keys);
-        by_rows<A>(at_hand.upstream, {across, shape.dim}, call.value_dim, count, shape.dim, false, results, shape.dim);
+        F::by_rows(at_hand.upstream.along, of_across.down, call.value_dim, count, shape.dim, false, results, shape.dim);
         for (int64_t r = 0; r < count; ++r) {
           const A* row = at_hand.features + r * shape.dim;
           A* result = results + r * shape.dim;
@@ -247,7 +251,8 @@ void causal_queries(const LinearAttentionBackward& back, int64_t begin, int64_t 
           kept.inverse[i + r] = inverse;
           kept.gradient[i + r] = of_total;
         }
-        add_seen<A>(at_hand.slopes, keys.rows(call), count, shape.dim, results, shape.dim);
+        of_slopes.make({at_hand.slopes, chunk_rows}, count);
+        add_seen<A, F>(of_slopes.along, keys.keys.down, count, shape.dim, results, shape.dim);
         for (int64_t r = 0; r < count; ++r)
           store_gradient(call.feature_map, results + r * shape.dim, at_hand.features + r * shape.dim, call.dim, stream,
                          sequence.query<T>(back.grad_q, head, i + r));
@@ -256,11 +261,11 @@ void causal_queries(const LinearAttentionBackward& back, int64_t begin, int64_t 
             add_columns<A>(at_hand.features, shape.dim, count, kept.gradient + i, gradient.z);
             for (int64_t r = 0; r < count; ++r) scale_row(at_hand.features + r * shape.dim, shape.dim, kept.inverse[i + r]);
           }
-          by_cols<A>({at_hand.features, shape.dim}, at_hand.upstream, count, call.dim, shape.value_dim, gradient.s,
-                     shape.value_dim);
+          of_features.make({at_hand.features, shape.dim}, count);
+          F::by_cols(of_features.down, at_hand.upstream.down, count, call.dim, shape.value_dim, gradient.s, shape.value_dim);
         }
       }
-      by_cols<A>(keys.values, keys.rows(call), count, call.value_dim, shape.dim, across, shape.dim);
+      F::by_cols(keys.values.down, keys.keys.down, count, call.value_dim, shape.dim, across, shape.dim);
       add_columns<A>(keys.features, shape.dim, count, nullptr, first.z);
     }
     if (call.segments > 1) {
@@ -273,6 +278,7 @@ void causal_queries(const LinearAttentionBackward& back, int64_t begin, int64_t 
 
 template <class A, class T>
 void causal_keys(const LinearAttentionBackward& back, int64_t begin, int64_t end, void* scratch) {
+  using F = Form<A, T>;
   const LinearAttentionCall& call = back.call;
   const Shape<A> shape(call);
   const int64_t group = call.heads / call.kv_heads;
@@ -285,19 +291,20 @@ void causal_keys(const LinearAttentionBackward& back, int64_t begin, int64_t end
     const StateAt<A> from = call.segments == 1 ? StateAt<A>::pair(call, back.upstream_s, back.upstream_z, sequence.pair)
                                                : StateAt<A>::segment(call, back.partial, item);
     gradient.load(call, from.s, from.z);
-    A* across = buffers.take(call.value_dim * shape.dim);
-    Keys<A, T> keys(call, buffers, true, true);
+    Keys<A, T> keys(call, buffers, in_across | in_along, in_across | in_along);
     CausalQueries<A, T> at_hand(call, buffers);
+    Forms<A, T> of_gradient(buffers, call.dim, call.value_dim, in_across | in_down), of_features(buffers, chunk_rows, call.dim, in_down),
+        of_scores(buffers, chunk_rows, chunk_rows, in_down), of_slopes(buffers, chunk_rows, chunk_rows, in_down);
     A* of_keys = buffers.take(chunk_rows * shape.dim);
     A* of_values = buffers.take(chunk_rows * shape.value_dim);
     const int64_t chunks = ceil_div(range.end - range.begin, chunk_rows);
     for (int64_t chunk = chunks - 1; chunk >= 0; --chunk) {
       const int64_t i = range.begin + chunk * chunk_rows, count = least(chunk_rows, range.end - i);
       keys.load(call, sequence, i, count, nullptr);
-      transpose_state(call, gradient, across);
+      of_gradient.make(gradient.rows(call), call.dim);
       fill_rows(gradient.z, shape.dim, count, of_keys);
-      by_rows<A>(keys.values, {across, shape.dim}, call.value_dim, count, shape.dim, true, of_keys, shape.dim);
-      by_rows<A>(keys.rows(call), gradient.rows(call), call.dim, count, shape.value_dim, false, of_values, shape.value_dim);
+      F::by_rows(keys.values.along, of_gradient.across, call.value_dim, count, shape.dim, true, of_keys, shape.dim);
+      F::by_rows(keys.keys.along, of_gradient.down, call.dim, count, shape.value_dim, false, of_values, shape.value_dim);
       for (int64_t head = sequence.h * group; head < (sequence.h + 1) * group; ++head) {
         const TotalsAt<A> kept(back, sequence, head);
         at_hand.load(back, sequence, head, i, count, keys);
@@ -305,14 +312,17 @@ void causal_keys(const LinearAttentionBackward& back, int64_t begin, int64_t end
           at_hand.finish_slopes(r, kept.inverse[i + r], kept.gradient[i + r]);
           scale_row(at_hand.scores + r * chunk_rows, padded<A>(r + 1), kept.inverse[i + r]);
         }
-        add_seeing<A>(at_hand.slopes, {at_hand.features, shape.dim}, count, shape.dim, of_keys, shape.dim);
-        add_seeing<A>(at_hand.scores, at_hand.upstream, count, shape.value_dim, of_values, shape.value_dim);
+        of_slopes.make({at_hand.slopes, chunk_rows}, count);
+        of_scores.make({at_hand.scores, chunk_rows}, count);
+        of_features.make({at_hand.features, shape.dim}, count);
+        add_seeing<A, F>(of_slopes.down, of_features.down, count, shape.dim, of_keys, shape.dim);
+        add_seeing<A, F>(of_scores.down, at_hand.upstream.down, count, shape.value_dim, of_values, shape.value_dim);
         if (call.normalize) {
           add_columns<A>(at_hand.features, shape.dim, count, kept.gradient + i, gradient.z);
           for (int64_t r = 0; r < count; ++r) scale_row(at_hand.features + r * shape.dim, shape.dim, kept.inverse[i + r]);
+          of_features.make({at_hand.features, shape.dim}, count);
         }
-        by_cols<A>({at_hand.features, shape.dim}, at_hand.upstream, count, call.dim, shape.value_dim, gradient.s,
-                   shape.value_dim);
+        F::by_cols(of_features.down, at_hand.upstream.down, count, call.dim, shape.value_dim, gradient.s, shape.value_dim);
       }
       gradients.store(sequence, i, count, of_keys, keys.features, of_values);
     }
@@ -325,6 +335,13 @@ void causal_keys(const LinearAttentionBackward& back, int64_t begin, int64_t end
 
 }  // namespace
 
+#if MMK_TIER_ID(MMK_TIER) == MMK_TIER_IS_avx512_bf16
+const LinearAttentionBackwardTier linear_attention_backward_kernels = {
+    {{},
+     {queries<float, bfloat16>, keys<float, bfloat16>, causal_queries<float, bfloat16>, causal_keys<float, bfloat16>},
+     {},
+     {}}};
+#else
 const LinearAttentionBackwardTier linear_attention_backward_kernels = {{
     {queries<float, float>, keys<float, float>, causal_queries<float, float>, causal_keys<float, float>},
     {queries<float, bfloat16>, keys<float, bfloat16>, causal_queries<float, bfloat16>, causal_keys<float, bfloat16>},
@@ -335,5 +352,6 @@ const LinearAttentionBackwardTier linear_attention_backward_kernels = {{
     {},
 #endif
 }};
+#endif
 
 }  // namespace mmk::MMK_TIER

@@ -3,10 +3,9 @@
 //
 // Rows at hand are accumulators, each padded with zeros to whole vectors: D to `Shape::dim`, Dv to `Shape::value_dim`.
 #pragma once
-#include "attention_rows.h"
-#include "core/lane_product.h"
 #include "core/math.h"
 #include "linear_attention.h"
+#include "linear_attention_forms.h"
 
 namespace mmk::MMK_TIER {
 namespace {
@@ -21,11 +20,6 @@ inline constexpr int64_t query_rows = 56;
 inline constexpr int64_t query_rows = 48;
 #endif
 static_assert(query_rows <= chunk_rows);
-
-template <class A>
-inline int64_t padded(int64_t count) {
-  return rounded_up(count, Vec<A>::width);
-}
 
 // One sequence and head of k, and where its rows begin.
 struct Sequence {
@@ -227,20 +221,6 @@ inline Staged<A> stage(const T* from, int64_t stride, int64_t count, int64_t cha
   return {to, row};
 }
 
-// to[col][row] = from[row][col]; rows from `count` on to a whole vector are zero.
-template <class A>
-inline void transpose_rows(Staged<A> from, int64_t count, int64_t cols, A* to, int64_t to_row) {
-  using V = Vec<A>;
-  constexpr int64_t width = V::width;
-  for (int64_t r = 0; r < count; r += width)
-    for (int64_t c = 0; c < cols; c += width) {
-      typename V::Register square[width];
-      for (int64_t i = 0; i < width; ++i) square[i] = r + i < count ? V::load(from.data + (r + i) * from.row + c) : V::zero();
-      V::transpose(square);
-      for (int64_t i = 0; i < least(width, cols - c); ++i) V::store(to + (c + i) * to_row + r, square[i]);
-    }
-}
-
 // sums[c] += the sum of weights[r] * rows[r][c], without weights that of the rows. In four chains: one would wait for itself.
 template <class A>
 inline void add_columns(const A* rows, int64_t row, int64_t count, const A* weights, A* sums) {
@@ -265,6 +245,26 @@ inline A row_sum(const A* row, int64_t count) {
   return sum_over<A>(count, [&](typename Vec<A>::Register sum, int64_t i, int64_t) { return sum + Vec<A>::load(row + i); });
 }
 
+// dots[r] = rows_r . others_r; others `other_row` apart, 0: all the same.
+template <class A>
+inline void row_dots(const A* rows, int64_t row, int64_t count, const A* others, int64_t other_row, A* dots) {
+  using V = Vec<A>;
+  for (int64_t r = 0; r < count; r += V::width) {
+    const int64_t left = least(V::width, count - r);
+    typename V::Register sums[V::width];
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < V::width; ++i) sums[i] = V::zero();
+    for (int64_t c = 0; c < row; c += V::width) {
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < V::width; ++i) {
+        const int64_t at = r + least(i, left - 1);
+        sums[i] = V::fma(V::load(rows + at * row + c), V::load(others + at * other_row + c), sums[i]);
+      }
+    }
+    store_lanes<A>(dots + r, V::sums(sums), left);
+  }
+}
+
 template <class A>
 inline void scale_row(A* row, int64_t count, A factor) {
   for (int64_t i = 0; i < count; i += Vec<A>::width) Vec<A>::store(row + i, Vec<A>::load(row + i) * Vec<A>::set(factor));
@@ -283,66 +283,81 @@ inline void store_gradient(FeatureMap map, const A* gradients, const A* features
   });
 }
 
-// --- products -----------------------------------------------------------------------------------------------------------
-// c [rows][cols] (+)= a b, over `depth`; cols are whole vectors. Element (i, k) of a at i * a_row + k * a_step.
-template <bool unit_step, class A>
-inline void product(const A* a, int64_t a_row, int64_t a_step, Staged<A> b, int64_t depth, int64_t rows, int64_t cols, bool accumulate,
-                    A* c, int64_t c_row, Ahead* ahead) {
-  constexpr int64_t width = Vec<A>::width;
-  for (int64_t col = 0; col < cols; col += 2 * width) {
-    const LaneProduct<A> call{a, a_row, a_step, b.data + col, b.row, depth, 1, 0, depth, c + col, c_row, accumulate, ahead};
-    if (col + width < cols) {
-      multiply_lanes<2, unit_step>(call, rows);
+// --- forms of rows --------------------------------------------------------------------------------------------------------
+// Rows at hand in the forms that the products want of them.
+inline constexpr int in_along = 1, in_down = 2, in_across = 4;
+
+template <class A, class T>
+class Forms {
+ public:
+  using F = Form<A, T>;
+  typename F::Operand along{}, down{}, across{};
+
+  // Of accumulators.
+  Forms(Buffers<A>& buffers, int64_t rows, int64_t channels, int which)
+      : rows_(rows), channels_(channels), which_(which) {
+    if (which & (in_along | in_across)) along_ = buffers.take(F::room(rows, channels));
+    if (which & in_down) down_ = buffers.take(F::room(rows, channels));
+    if (which & in_across) across_ = buffers.take(F::room_across(channels, rows));
+  }
+  // Of rows as they come.
+  static Forms of_rows(Buffers<A>& buffers, int64_t rows, int64_t channels, int which) {
+    Forms forms(buffers, rows, channels, which);
+    if (!F::keeps) forms.copied_ = buffers.rows(rows, channels);
+    return forms;
+  }
+
+  void make(Staged<A> rows, int64_t count) {
+    if (which_ & (in_along | in_across)) along = F::along(rows, count, channels_, along_);
+    if (which_ & in_down) down = F::down(rows, count, channels_, down_);
+    if (which_ & in_across) across = F::across(along, count, channels_, rows_, across_);
+  }
+  void make(const T* rows, int64_t stride, int64_t count) {
+    if constexpr (F::keeps) {
+      if (which_ & (in_along | in_across)) along = F::along(rows, stride, count, channels_, along_);
+      if (which_ & in_down) down = F::down(rows, stride, count, channels_, down_);
+      if (which_ & in_across) across = F::across(along, count, channels_, rows_, across_);
     } else {
-      multiply_lanes<1, unit_step>(call, rows);
+      make(stage<A, T>(rows, stride, count, channels_, copied_), count);
     }
   }
-}
 
-// c [rows][cols] (+)= a b with rows of a.
-template <class A>
-inline void by_rows(Staged<A> a, Staged<A> b, int64_t depth, int64_t rows, int64_t cols, bool accumulate, A* c, int64_t c_row,
-                    Ahead* ahead = nullptr) {
-  product<true>(a.data, a.row, 1, b, depth, rows, cols, accumulate, c, c_row, ahead);
-}
-
-// c [rows][cols] += a^T b over the `depth` rows of both.
-template <class A>
-inline void by_cols(Staged<A> a, Staged<A> b, int64_t depth, int64_t rows, int64_t cols, A* c, int64_t c_row,
-                    Ahead* ahead = nullptr) {
-  product<false>(a.data, 1, a.row, b, depth, rows, cols, true, c, c_row, ahead);
-}
+ private:
+  int64_t rows_, channels_;
+  int which_;
+  A *along_ = nullptr, *down_ = nullptr, *across_ = nullptr, *copied_ = nullptr;
+};
 
 // Rows that a triangle is cut into: a block of rows i takes all columns up to the block's last.
 template <class A>
 inline constexpr int64_t triangle_rows = 2 * Vec<A>::width;
 
-// c [i][j] = a_i . b_j for j <= i and 0 for the other j of a block; b is transposed, [depth][chunk_rows].
-template <class A>
-inline void triangle_scores(Staged<A> a, const A* b, int64_t depth, int64_t count, A* c) {
+// c [i][j] = a_i . b_j for j <= i and 0 for the other j of a block; a along, b across.
+template <class A, class F>
+inline void triangle_scores(typename F::Operand a, typename F::Operand b, int64_t depth, int64_t count, A* c) {
   for (int64_t i = 0; i < count; i += triangle_rows<A>) {
     const int64_t end = least(i + triangle_rows<A>, count), cols = padded<A>(end);
-    by_rows<A>({a.data + i * a.row, a.row}, {b, chunk_rows}, depth, end - i, cols, false, c + i * chunk_rows, chunk_rows);
+    F::by_rows(F::from(a, i), b, depth, end - i, cols, false, c + i * chunk_rows, chunk_rows);
     for (int64_t r = i; r < end; ++r)
       for (int64_t j = r + 1; j < cols; ++j) c[r * chunk_rows + j] = A(0);
   }
 }
 
-// c_i += the sum over j <= i of scores_ij b_j.
-template <class A>
-inline void add_seen(const A* scores, Staged<A> b, int64_t count, int64_t cols, A* c, int64_t c_row) {
+// c_i += the sum over j <= i of scores_ij b_j; scores along, b down.
+template <class A, class F>
+inline void add_seen(typename F::Operand scores, typename F::Operand b, int64_t count, int64_t cols, A* c, int64_t c_row) {
   for (int64_t i = 0; i < count; i += triangle_rows<A>) {
     const int64_t end = least(i + triangle_rows<A>, count);
-    by_rows<A>({scores + i * chunk_rows, chunk_rows}, b, end, end - i, cols, true, c + i * c_row, c_row);
+    F::by_rows(F::from(scores, i), b, end, end - i, cols, true, c + i * c_row, c_row);
   }
 }
 
-// c_j += the sum over i >= j of scores_ij b_i.
-template <class A>
-inline void add_seeing(const A* scores, Staged<A> b, int64_t count, int64_t cols, A* c, int64_t c_row) {
+// c_j += the sum over i >= j of scores_ij b_i; both down.
+template <class A, class F>
+inline void add_seeing(typename F::Operand scores, typename F::Operand b, int64_t count, int64_t cols, A* c, int64_t c_row) {
   for (int64_t j = 0; j < count; j += triangle_rows<A>) {
     const int64_t rows = least(triangle_rows<A>, count - j);
-    by_cols<A>({scores + j * chunk_rows + j, chunk_rows}, {b.data + j * b.row, b.row}, count - j, rows, cols, c + j * c_row, c_row);
+    F::by_cols(F::from(scores, j, j), F::from(b, j, 0), count - j, rows, cols, c + j * c_row, c_row);
   }
 }
 
@@ -432,33 +447,27 @@ struct StateAt {
   }
 };
 
-// The keys of a chunk: features and values, and both transposed where a triangle of scores is made.
+// The keys of a chunk: features and values.
 template <class A, class T>
 struct Keys {
+  using F = Form<A, T>;
   A* features;
-  A* features_across;  // [D][chunk_rows]
-  A* copied;
-  A* values_across;  // [Dv][chunk_rows]
-  Staged<A> values;
+  Forms<A, T> keys, values;
 
-  Keys(const LinearAttentionCall& call, Buffers<A>& buffers, bool across, bool values_too)
+  Keys(const LinearAttentionCall& call, Buffers<A>& buffers, int of_keys, int of_values)
       : features(buffers.rows(chunk_rows, call.dim)),
-        features_across(across ? buffers.take(padded<A>(call.dim) * chunk_rows) : nullptr),
-        copied(buffers.rows(chunk_rows, call.value_dim)),
-        values_across(values_too ? buffers.take(padded<A>(call.value_dim) * chunk_rows) : nullptr),
-        values{nullptr, 0} {}
+        keys(buffers, chunk_rows, call.dim, of_keys),
+        values(Forms<A, T>::of_rows(buffers, chunk_rows, call.value_dim, of_values)) {}
 
   void load(const LinearAttentionCall& call, const Sequence& sequence, int64_t j, int64_t count, const A* shift) {
     key_features<A, T>(call, sequence, j, count, shift, features);
-    values = stage<A, T>(sequence.key<T>(call.v, j), call.v.row, count, call.value_dim, copied);
-    if (features_across) transpose_rows<A>(rows(call), count, call.dim, features_across, chunk_rows);
-    if (values_across) transpose_rows<A>(values, count, call.value_dim, values_across, chunk_rows);
+    keys.make({features, padded<A>(call.dim)}, count);
+    values.make(sequence.key<T>(call.v, j), call.v.row, count);
   }
-  Staged<A> rows(const LinearAttentionCall& call) const { return {features, padded<A>(call.dim)}; }
 
   // S += features^T values, z += the features.
   void add_to(const LinearAttentionCall& call, int64_t count, const State<A>& state, Ahead* ahead = nullptr) const {
-    by_cols<A>(rows(call), values, count, call.dim, padded<A>(call.value_dim), state.s, padded<A>(call.value_dim), ahead);
+    F::by_cols(keys.down, values.down, count, call.dim, padded<A>(call.value_dim), state.s, padded<A>(call.value_dim), ahead);
     add_columns<A>(features, padded<A>(call.dim), count, nullptr, state.z);
   }
 };
