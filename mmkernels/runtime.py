@@ -107,9 +107,10 @@ def isa() -> str:
     return ISA_NAMES[library.mmk_isa_active()]
 
 
-def has_bf16_pairs() -> bool:
-    """Whether the tier in force has products of pairs of bfloat16 (AVX512_BF16)."""
-    return bool(library.mmk_has_bf16_pairs())
+def has_bf16_pairs(*, without_tiles: bool = False) -> bool:
+    """Whether products of pairs of bfloat16 (AVX512_BF16) are in force; `without_tiles`: for a family without kernels of tiles,
+    which take their place elsewhere."""
+    return bool(library.mmk_has_bf16_pairs(int(without_tiles)))
 
 
 def available_isas() -> tuple[str, ...]:

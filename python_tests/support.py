@@ -22,10 +22,12 @@ CPU = torch.device("cpu")
 GOLDEN = Path(__file__).parent / "golden"
 
 
-def bfloat16_kernel() -> str:
-    """The kernel of products in bfloat16 that do not stay with vectors. As the processor says, not the library."""
-    if runtime.isa() != "avx512" or os.environ.get("MMK_TEST_EMULATE_AVX512") == "1":
-        return f"cpu/{runtime.isa()}"
+def bfloat16_kernel(*, without_tiles: bool = False) -> str:
+    """The kernel of products in bfloat16 that do not stay with vectors, or in a family without kernels of tiles. As the processor
+    says, not the library."""
+    isa = "avx512" if runtime.isa() == "amx" and without_tiles else runtime.isa()
+    if isa != "avx512" or os.environ.get("MMK_TEST_EMULATE_AVX512") == "1":
+        return f"cpu/{isa}"
     flags = Path("/proc/cpuinfo").read_text().split()
     return "cpu/avx512_bf16" if "avx512_bf16" in flags else "cpu/avx512"
 

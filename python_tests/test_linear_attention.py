@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import assert_same_bits, assert_within_rule, cotangents, draw, gradients, to_double
+from support import assert_same_bits, assert_within_rule, bfloat16_kernel, cotangents, draw, gradients, to_double
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -262,13 +262,14 @@ def test_bits_do_not_depend_on_threads(kv: int, causal: bool, isa: str, threads:
 
 # --- torch's machinery --------------------------------------------------------------------------------------------------
 def test_explain_and_trace() -> None:
-    call = draw(card_of("linear_attention").samples[0], torch.float32)
-    tier = "avx512" if runtime.isa() == "amx" else runtime.isa()
-    assert mk.explain(mk.linear_attention, *call.args, **call.kwargs).kernel == f"cpu/{tier}"
-    runtime.last_kernels(clear=True)
-    gradients(mk.linear_attention, call)
-    names = ("linear_attention", "linear_attention_backward")
-    assert runtime.last_kernels() == [(name, f"cpu/{tier}") for name in names]
+    vectors = "avx512" if runtime.isa() == "amx" else runtime.isa()
+    for dtype, kernel in ((torch.float32, f"cpu/{vectors}"), (torch.bfloat16, bfloat16_kernel(without_tiles=True))):
+        call = draw(card_of("linear_attention").samples[0], dtype)
+        assert mk.explain(mk.linear_attention, *call.args, **call.kwargs).kernel == kernel
+        runtime.last_kernels(clear=True)
+        gradients(mk.linear_attention, call)
+        names = ("linear_attention", "linear_attention_backward")
+        assert runtime.last_kernels() == [(name, kernel) for name in names]
     assert mk.explain("linear_attention", *to_double(call).args).kernel == "cpu/generic"
 
 

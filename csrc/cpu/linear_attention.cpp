@@ -134,7 +134,7 @@ class Problem {
 // Kernels and the name that the trace has for them.
 template <class Kernels>
 Tier<Kernels> tier_of(const Problem& problem, const Tiers<Kernels>& tiers, const Kernels* pairs) {
-  if (pairs != nullptr && problem.is_bfloat16() && has_bf16_pairs()) return {pairs, bf16_pairs_name};
+  if (pairs != nullptr && problem.is_bfloat16() && has_bf16_pairs(/*without_tiles=*/true)) return {pairs, bf16_pairs_name};
   return tier_for(tiers, problem.is_double());
 }
 #if MMK_X86_TIERS && !MMK_EMULATE_AVX512

@@ -105,7 +105,7 @@ inline typename Vec<A>::Register feature(typename Vec<A>::Register x) {
   if constexpr (map == FeatureMap::relu) {
     return V::max(V::zero(), x);
   } else if constexpr (map == FeatureMap::elu1) {
-    return V::select(V::less_equal(x, V::zero()), exp_of_negative<A>(x), x + V::set(A(1)));  // above 0 not looked at
+    return V::select(V::less_equal(x, V::zero()), quick_exp_of_negative<A>(x), x + V::set(A(1)));  // above 0 not looked at
   } else if constexpr (map == FeatureMap::softmax) {
     return exp_of_negative<A>(x);
   } else {
@@ -176,8 +176,8 @@ inline void key_features(const LinearAttentionCall& call, const Sequence& sequen
   const int64_t row = padded<A>(call.dim);
   with_map(call.feature_map, [&]<FeatureMap map>() {
     for (int64_t r = 0; r < count; ++r, to += row) {
-      if (!sequence.counts(call, j + r)) {
-        memset(to, 0, static_cast<size_t>(row) * sizeof(A));
+      if (!sequence.counts(call, j + r)) {  // no memset: a call would cost the registers that hold the constants of exp
+        for (int64_t d = 0; d < row; d += Vec<A>::width) Vec<A>::store(to + d, Vec<A>::zero());
         continue;
       }
       const T* x = sequence.key<T>(call.k, j + r);

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from mmkernels import runtime
 from mmkernels.ops import backends
 from mmkernels.ops.attention import (
     cast_heads,
@@ -149,8 +150,13 @@ def _triton_reason(arguments: backends.Arguments) -> str | None:
     return None if channels <= limit else f"q or v has {channels} channels; the Triton kernels take {limit} of {q.dtype}"
 
 
+def _tier(arguments: backends.Arguments) -> str | None:
+    is_bfloat16 = arguments["q"].dtype == torch.bfloat16
+    return "avx512_bf16" if is_bfloat16 and runtime.has_bf16_pairs(without_tiles=True) else None
+
+
 BACKENDS = (
-    backends.cpu(backends.VECTOR_TIERS, primary="q"),
+    backends.cpu(backends.VECTOR_TIERS, primary="q", tier_of=_tier),
     backends.triton(backends.HALF_AND_SINGLE, primary="q", extra=_triton_reason),
     backends.REFERENCE,
 )

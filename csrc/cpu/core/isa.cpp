@@ -64,10 +64,10 @@ bool has_vector_popcount() {
 #endif
 }
 
-bool has_bf16_pairs() {
+bool has_bf16_pairs([[maybe_unused]] bool without_tiles) {
 #if MMK_X86_TIERS && !MMK_EMULATE_AVX512
   static const bool offered = __builtin_cpu_supports("avx512bf16");
-  return offered && active_isa() == Isa::avx512;
+  return offered && (active_isa() == Isa::avx512 || (without_tiles && active_isa() == Isa::amx));
 #else
   return false;
 #endif
@@ -76,7 +76,7 @@ bool has_bf16_pairs() {
 }  // namespace mmk
 
 // For mk.explain.
-MMK_EXPORT int mmk_has_bf16_pairs() { return mmk::has_bf16_pairs() ? 1 : 0; }
+MMK_EXPORT int mmk_has_bf16_pairs(int without_tiles) { return mmk::has_bf16_pairs(without_tiles != 0) ? 1 : 0; }
 MMK_EXPORT int mmk_isa_best() { return static_cast<int>(mmk::best_isa()); }
 MMK_EXPORT int mmk_isa_active() { return static_cast<int>(mmk::active_isa()); }
 

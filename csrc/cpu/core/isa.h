@@ -25,8 +25,8 @@ inline Isa active_isa() {
 }
 
 // Whether products of pairs of bfloat16 (AVX512_BF16) are in force: where the AVX-512 tier is, and comes with them. Not where it
-// is emulated.
-bool has_bf16_pairs();
+// is emulated, and not where matrix tiles are in force, but for families without kernels of tiles: `without_tiles`.
+bool has_bf16_pairs(bool without_tiles = false);
 
 // One family's kernels, one table per tier. A tier without kernels of its own (nullptr) uses the next lower one:
 // a copy gains nothing from matrix tiles, so an AMX machine runs its AVX-512 kernels.

@@ -243,10 +243,11 @@ struct Vec<float> {
   static Register widened(const float16*, __m256i value) { return _mm512_cvtph_ps(value); }
 
   static __m256i to_bfloat16(Register value) {
-#if MMK_TIER_ID(MMK_TIER) == MMK_TIER_IS_avx512_bf16  // subnormal numbers count as zero
+#if MMK_TIER_ID(MMK_TIER) == MMK_TIER_IS_avx512_bf16  // where subnormal numbers count as zero
     return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value));
-#endif
+#else
     return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded_bits(value), 16));
+#endif
   }
 
   // Rounded to the upper half of each lane; the lower half is left over.
