@@ -90,6 +90,59 @@ inline void each_block(int64_t width, const F& f) {
 }
 
 // --- sums -----------------------------------------------------------------------------------------------------------------
+// Adds the upper half of 2^bits rows to the lower one, and so on down to the sum of all. with[bit]: of the rows with the bit.
+template <int bits, class Register>
+[[gnu::always_inline]] inline void add_halves(Register* rows, Register* with) {
+  if constexpr (bits > 0) {
+    constexpr int half = 1 << (bits - 1);
+    Register high[half];
+#pragma GCC unroll 8
+    for (int row = 0; row < half; ++row) {
+      high[row] = rows[row + half];
+      rows[row] = rows[row] + high[row];
+    }
+#pragma GCC unroll 4
+    for (int step = half / 2; step > 0; step /= 2)
+#pragma GCC unroll 4
+      for (int row = 0; row < step; ++row) high[row] = high[row] + high[row + step];
+    with[bits - 1] = high[0];
+    add_halves<bits - 1>(rows, with);
+  }
+}
+
+// The sum of 2^bits rows, and store(bit, that of the rows with the bit less those without it).
+template <int bits, class A, class F>
+inline typename Vec<A>::Register fold_in_registers(const A* column, const F& store) {
+  typename Vec<A>::Register rows[1 << bits], with[bits];
+#pragma GCC unroll 16
+  for (int row = 0; row < 1 << bits; ++row) rows[row] = Vec<A>::load(column + row * hash_table_cols);
+  add_halves<bits>(rows, with);
+#pragma GCC unroll 4
+  for (int bit = 0; bit < bits; ++bit) store(bit, with[bit] + with[bit] - rows[0]);
+  return rows[0];
+}
+
+// The same of a table, whose rows are overwritten.
+template <class A, class F>
+inline typename Vec<A>::Register fold(A* column, int bits, const F& store) {
+  using V = Vec<A>;
+  for (; bits > 4; --bits) {
+    const int64_t half = int64_t{1} << (bits - 1);
+    typename V::Register difference = V::zero();
+    for (int64_t row = 0; row < half; ++row) {
+      A* to = column + row * hash_table_cols;
+      const typename V::Register low = V::load(to), high = V::load(to + half * hash_table_cols);
+      difference = difference + (high - low);
+      V::store(to, low + high);
+    }
+    store(bits - 1, difference);
+  }
+  if (bits == 4) return fold_in_registers<4, A>(column, store);
+  if (bits == 3) return fold_in_registers<3, A>(column, store);
+  if (bits == 2) return fold_in_registers<2, A>(column, store);
+  return fold_in_registers<1, A>(column, store);
+}
+
 template <class T, bool whole>
 inline void sum_block(const HashSum& call, const BitGroups& groups, int64_t begin, int64_t end, int64_t at, int64_t cols,
                       const Tables<accumulator_t<T>>& tables, accumulator_t<T>* sums) {
@@ -119,46 +172,37 @@ inline void sum_block(const HashSum& call, const BitGroups& groups, int64_t begi
       }
     }
   }
-  for (int g = 0; g < groups.count; ++g) {
-    A* table = tables.row(groups.row[g]);
+  for (int g = 0; g < groups.count; ++g)
     for (int64_t v = 0; v < vectors; ++v) {
-      A* column = table + v * V::width;
-      for (int bit = groups.bits[g] - 1; bit >= 0; --bit) {
-        const int64_t half = int64_t{1} << bit;
-        Register difference = V::zero();
-        for (int64_t row = 0; row < half; ++row) {
-          const Register low = V::load(column + row * hash_table_cols), high = V::load(column + (row + half) * hash_table_cols);
-          difference = difference + (high - low);
-          V::store(column + row * hash_table_cols, low + high);
-        }
-        store_lanes<A>(sums + (groups.first[g] + bit) * call.state.width + at + v * V::width, difference, block.lanes(v));
-      }
-      if (g == 0) store_lanes<A>(sums + call.state.total() + at + v * V::width, V::load(column), block.lanes(v));
+      A* column = tables.row(groups.row[g]) + v * V::width;
+      A* to = sums + groups.first[g] * call.state.width + at + v * V::width;
+      const Register total = fold<A>(column, groups.bits[g], [&](int bit, Register difference) {
+        store_lanes<A>(to + bit * call.state.width, difference, block.lanes(v));
+      });
+      if (g == 0) store_lanes<A>(sums + call.state.total() + at + v * V::width, total, block.lanes(v));
     }
-  }
 }
 
 // --- one number a row -----------------------------------------------------------------------------------------------------
-// Sums of weights, or where there are none of ones, each with the sign of the row's bit: eight bits at once.
+// Sums of weights, or where there are none of ones, each with the sign of the row's bit: as many bits at once as there are lanes.
 template <class A>
 inline void sum_weights(const HashSum& call, int64_t begin, int64_t end, A* counts) {
   using V = Vec<A>;
-  constexpr int64_t some_bits = 8;
   A ones[V::width];
   V::store(ones, V::set(A(1)));
-  for (int64_t first = 0; first < call.state.bits; first += some_bits) {
-    typename V::Register sums[some_bits];
+  for (int64_t first = 0; first < call.state.bits; first += V::width) {
+    typename V::Register sums[V::width];
+#pragma GCC unroll 16
     for (auto& sum : sums) sum = V::zero();
     for (int64_t row = begin; row < end; row += V::width) {
       const int64_t lanes = end - row < V::width ? end - row : V::width;
       const A* weight = call.weight == nullptr ? ones : static_cast<const A*>(call.weight) + row;
       const typename V::Register value = load_lanes<A>(weight, lanes);
       const Words<A> codes = load_words<A>(call.codes + row, lanes);
-#pragma GCC unroll 8
-      for (int64_t i = 0; i < some_bits; ++i) sums[i] = sums[i] + with_sign<A>(value, codes, first + i);
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < V::width; ++i) sums[i] = sums[i] + with_sign<A>(value, codes, first + i);
     }
-    const int64_t left = least(some_bits, call.state.bits - first);
-    for (int64_t i = 0; i < left; ++i) counts[first + i] = V::sum(sums[i]);
+    store_lanes<A>(counts + first, V::sums(sums), least(V::width, call.state.bits - first));
   }
 }
 

@@ -86,8 +86,8 @@ class Hashing {
   void set_sigma(const Workspace& memory, std::int64_t head, double value) const {
     sigma(memory, head) = value;
     const HashFunction f = function(memory, head);
-    for (std::int64_t j = 0; j < supports; ++j)
-      numbers.set(bias(memory, head), j, numbers.get(f.squares, j) * log2_of_e / (-2 * value));
+    const double factor = log2_of_e / (-2 * value);
+    for (std::int64_t j = 0; j < supports; ++j) numbers.set(bias(memory, head), j, numbers.get(f.squares, j) * factor);
   }
 
   // Pass one: sigma, the mean of 1 + |a|^2 - 2 u.a over rows and supports, from the sums of u and of a.

@@ -229,8 +229,9 @@ inline void store_bits(const A* tile, int64_t bits, int64_t count, int32_t* to, 
   });
 }
 
+// `unordered` becomes all bits in a lane that had a y that is no number.
 template <class T, int vectors>
-inline bool hash_tile(const HashCodes& call, int64_t row, int64_t count, void* tile) {
+inline void hash_tile(const HashCodes& call, int64_t row, int64_t count, void* tile, Words<accumulator_t<T>>& unordered) {
   using A = accumulator_t<T>;
   using V = Vec<A>;
   constexpr int64_t lanes = vectors * V::width;
@@ -250,7 +251,6 @@ inline bool hash_tile(const HashCodes& call, int64_t row, int64_t count, void* t
   multiply_tile<A, vectors>(static_cast<const A*>(f.anchors), f.channels, 1, x, f.supports, f.channels, kernel);
   exponentials<A, vectors>(f, static_cast<const A*>(rows.bias), scale, static_cast<const A*>(f.mean), kernel, kernel, ahead);
   multiply_tile<A, vectors>(static_cast<const A*>(f.projection), f.supports, 1, kernel, f.bits, f.supports, y);
-  Words<A> unordered{};
   store_bits<A, vectors>(y, f.bits, count, call.codes + row, [&](const typename V::Register& value) {
     unordered |= value != value;
     return value > V::zero();
@@ -259,9 +259,6 @@ inline bool hash_tile(const HashCodes& call, int64_t row, int64_t count, void* t
     store_bits<A, vectors>(y, f.bits, count, call.inside + row, [](const typename V::Register& value) {
       return (value < V::set(A(1))) & (value > V::set(A(-1)));
     });
-  bool numbers = true;
-  for (int i = 0; i < V::width; ++i) numbers = numbers && unordered[i] == 0;
-  return numbers;
 }
 
 // f(row, count, vectors) over tiles of two vectors, the last of one where its rows fit.
@@ -280,10 +277,13 @@ inline void each_tile(int64_t begin, int64_t end, const F& f) {
 
 template <class T>
 bool hash(const HashCodes& call, int64_t begin, int64_t end, void* tile) {
-  bool numbers = true;
-  each_tile<accumulator_t<T>>(begin, end, [&]<int vectors>(int64_t row, int64_t count) {
-    numbers &= hash_tile<T, vectors>(call, row, count, tile);
+  using A = accumulator_t<T>;
+  Words<A> unordered{};
+  each_tile<A>(begin, end, [&]<int vectors>(int64_t row, int64_t count) {
+    hash_tile<T, vectors>(call, row, count, tile, unordered);
   });
+  bool numbers = true;
+  for (int i = 0; i < Vec<A>::width; ++i) numbers = numbers && unordered[i] == 0;
   return numbers;
 }
 
