@@ -91,8 +91,9 @@ void causal(const LinearAttentionCall& call, int64_t begin, int64_t end, void* s
     A* results = buffers.take(chunk_rows * shape.value_dim);
     A* scores = buffers.take(chunk_rows * chunk_rows);
     A inverse[chunk_rows];
+    NextChunk<A, T> following(call, sequence, nullptr);
     for (int64_t i = range.begin; i < range.end; i += chunk_rows) {
-      const int64_t count = least(chunk_rows, range.end - i);
+      const int64_t count = least(chunk_rows, range.end - i), next = i + count, next_end = least(next + chunk_rows, range.end);
       keys.load(call, sequence, i, count, nullptr);
       of_state.make(state.rows(call), call.dim);
       for (int64_t head = sequence.h * group; head < (sequence.h + 1) * group; ++head) {
@@ -103,12 +104,13 @@ void causal(const LinearAttentionCall& call, int64_t begin, int64_t end, void* s
         if (totals.divides) row_dots<A>(features, shape.dim, count, totals.z, 0, inverse);
         for (int64_t r = 0; r < count; ++r)
           inverse[r] = totals.divides ? totals.inverse(inverse[r] + row_sum(scores + r * chunk_rows, padded<A>(r + 1))) : A(1);
-        F::by_rows(of_queries.along, of_state.down, call.dim, count, shape.value_dim, false, results, shape.value_dim);
+        F::by_rows(of_queries.along, of_state.down, call.dim, count, shape.value_dim, false, results, shape.value_dim,
+                   following.queries(head, i, count, next, next_end, call.dim, count, shape.value_dim));
         add_seen<A, F>(of_scores.along, keys.values.down, count, shape.value_dim, results, shape.value_dim);
         for (int64_t r = 0; r < count; ++r)
           store_row(results + r * shape.value_dim, inverse[r], call.value_dim, stream, sequence.query<T>(call.out, head, i + r));
       }
-      keys.add_to(call, count, state);
+      keys.add_to(call, count, state, following.keys(next, next_end, count, call.dim, shape.value_dim));
     }
     if (call.segments == 1) {
       const StateAt<A> to = StateAt<A>::pair(call, call.final_s, call.final_z, sequence.pair);

@@ -227,14 +227,16 @@ void causal_queries(const LinearAttentionBackward& back, int64_t begin, int64_t 
     Forms<A, T> of_across(buffers, call.value_dim, call.dim, in_down), of_slopes(buffers, chunk_rows, chunk_rows, in_along),
         of_features(buffers, chunk_rows, call.dim, in_down);
     A* results = buffers.take(chunk_rows * shape.dim);
+    NextChunk<A, T> following(call, sequence, &back.grad_out);
     for (int64_t i = range.begin; i < range.end; i += chunk_rows) {
-      const int64_t count = least(chunk_rows, range.end - i);
+      const int64_t count = least(chunk_rows, range.end - i), next = i + count, next_end = least(next + chunk_rows, range.end);
       keys.load(call, sequence, i, count, nullptr);
       of_across.make({across, shape.dim}, call.value_dim);
       for (int64_t head = sequence.h * group; head < (sequence.h + 1) * group; ++head) {
         const TotalsAt<A> kept(back, sequence, head);
         at_hand.load(back, sequence, head, i, count, keys);
-        F::by_rows(at_hand.upstream.along, of_across.down, call.value_dim, count, shape.dim, false, results, shape.dim);
+        F::by_rows(at_hand.upstream.along, of_across.down, call.value_dim, count, shape.dim, false, results, shape.dim,
+                   following.queries(head, i, count, next, next_end, call.value_dim, count, shape.dim));
         for (int64_t r = 0; r < count; ++r) {
           const A* row = at_hand.features + r * shape.dim;
           A* result = results + r * shape.dim;
@@ -265,7 +267,8 @@ void causal_queries(const LinearAttentionBackward& back, int64_t begin, int64_t 
           F::by_cols(of_features.down, at_hand.upstream.down, count, call.dim, shape.value_dim, gradient.s, shape.value_dim);
         }
       }
-      F::by_cols(keys.values.down, keys.keys.down, count, call.value_dim, shape.dim, across, shape.dim);
+      F::by_cols(keys.values.down, keys.keys.down, count, call.value_dim, shape.dim, across, shape.dim,
+                 following.keys(next, next_end, count, call.value_dim, shape.dim));
       add_columns<A>(keys.features, shape.dim, count, nullptr, first.z);
     }
     if (call.segments > 1) {
@@ -298,12 +301,14 @@ void causal_keys(const LinearAttentionBackward& back, int64_t begin, int64_t end
     A* of_keys = buffers.take(chunk_rows * shape.dim);
     A* of_values = buffers.take(chunk_rows * shape.value_dim);
     const int64_t chunks = ceil_div(range.end - range.begin, chunk_rows);
+    NextChunk<A, T> following(call, sequence, &back.grad_out);
     for (int64_t chunk = chunks - 1; chunk >= 0; --chunk) {
-      const int64_t i = range.begin + chunk * chunk_rows, count = least(chunk_rows, range.end - i);
+      const int64_t i = range.begin + chunk * chunk_rows, count = least(chunk_rows, range.end - i), next = most(i - chunk_rows, range.begin);
       keys.load(call, sequence, i, count, nullptr);
       of_gradient.make(gradient.rows(call), call.dim);
       fill_rows(gradient.z, shape.dim, count, of_keys);
-      F::by_rows(keys.values.along, of_gradient.across, call.value_dim, count, shape.dim, true, of_keys, shape.dim);
+      F::by_rows(keys.values.along, of_gradient.across, call.value_dim, count, shape.dim, true, of_keys, shape.dim,
+                 following.keys(next, i, call.value_dim, count, shape.dim));
       F::by_rows(keys.keys.along, of_gradient.down, call.dim, count, shape.value_dim, false, of_values, shape.value_dim);
       for (int64_t head = sequence.h * group; head < (sequence.h + 1) * group; ++head) {
         const TotalsAt<A> kept(back, sequence, head);
@@ -322,7 +327,8 @@ void causal_keys(const LinearAttentionBackward& back, int64_t begin, int64_t end
           for (int64_t r = 0; r < count; ++r) scale_row(at_hand.features + r * shape.dim, shape.dim, kept.inverse[i + r]);
           of_features.make({at_hand.features, shape.dim}, count);
         }
-        F::by_cols(of_features.down, at_hand.upstream.down, count, call.dim, shape.value_dim, gradient.s, shape.value_dim);
+        F::by_cols(of_features.down, at_hand.upstream.down, count, call.dim, shape.value_dim, gradient.s, shape.value_dim,
+                   following.queries(head, i, count, next, i, count, call.dim, shape.value_dim));
       }
       gradients.store(sequence, i, count, of_keys, keys.features, of_values);
     }

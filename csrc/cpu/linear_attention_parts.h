@@ -384,6 +384,34 @@ class NextRows {
   Ahead ahead_;
 };
 
+// What the chunks of causal attention read after the one at hand: the keys and values of the chunk [begin, end), and the queries (and
+// upstream gradients) of the head that comes next.
+template <class A, class T>
+class NextChunk {
+ public:
+  NextChunk(const LinearAttentionCall& call, const Sequence& sequence, const AttentionOperand* grad_out)
+      : call_(call), sequence_(sequence), grad_out_(grad_out), rows_(most(call.dim, call.value_dim) * static_cast<int64_t>(sizeof(T))) {}
+
+  Ahead* keys(int64_t begin, int64_t end, int64_t depth, int64_t rows, int64_t cols) {
+    return rows_.look(begin, end, 2, depth, rows, cols,
+                      [&](int64_t which, int64_t j) { return sequence_.template key<T>(which == 0 ? call_.k : call_.v, j); });
+  }
+  // Of the rows [i, i + count) by the head after `head`; after the last one those of [begin, end) by the first.
+  Ahead* queries(int64_t head, int64_t i, int64_t count, int64_t begin, int64_t end, int64_t depth, int64_t rows, int64_t cols) {
+    const int64_t group = call_.heads / call_.kv_heads;
+    const bool is_last = (head + 1) % group == 0;
+    const int64_t next = is_last ? head + 1 - group : head + 1;
+    return rows_.look(is_last ? begin : i, is_last ? end : i + count, grad_out_ ? 2 : 1, depth, rows, cols,
+                      [&](int64_t which, int64_t row) { return sequence_.template query<T>(which == 0 ? call_.q : *grad_out_, next, row); });
+  }
+
+ private:
+  const LinearAttentionCall& call_;
+  const Sequence& sequence_;
+  const AttentionOperand* grad_out_;
+  NextRows<A> rows_;
+};
+
 // --- states -------------------------------------------------------------------------------------------------------------
 // The state of a pair at hand: S [D][padded Dv], z [padded D].
 template <class A>
