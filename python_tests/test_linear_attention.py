@@ -137,6 +137,23 @@ def test_any_sizes(data: st.DataObject) -> None:
 
 
 # --- streaming and packed sequences -------------------------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+def test_long_sequences_of_few_heads(causal: bool, dtype: torch.dtype) -> None:
+    """Sequences that are cut into segments, the last of them short."""
+    call = Call(heads(2100, num=4, d=18, dv=10, dtype=dtype), {"is_causal": causal})
+    results = []
+    ours, plain = mk.linear_attention, reference.linear_attention
+    for function, of in ((ours, call), (plain, call), (plain, to_double(call))):
+        (mk.linear_attention, call),
+        (reference.linear_attention, call),
+        (reference.linear_attention, to_double(call)),
+    ):
+        results.append((of.of(function), *gradients(function, of)))
+    for i, (a, b, truth) in enumerate(zip(*results, strict=True)):
+        assert_within_rule(a, b, truth, f"result {i}")
+
+
 @pytest.mark.parametrize("kv", [1, 4])
 @pytest.mark.parametrize("pieces", [(1, 1, 198), (64, 64, 72), (63, 65, 72), (200,), (0, 200, 0)])
 def test_streaming_in_pieces(pieces: tuple[int, ...], kv: int, isa: str) -> None:
@@ -185,9 +202,10 @@ def test_packed_sequences_have_the_bits_of_single_ones(dtype: torch.dtype, causa
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_what_does_not_count_changes_nothing(causal: bool, isa: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_does_not_count_changes_nothing(dtype: torch.dtype, causal: bool, isa: str) -> None:
     """Keys under the mask have no gradient, and others' results are as if they were not there."""
-    q, k, v = (x.requires_grad_() for x in heads(70))
+    q, k, v = (x.requires_grad_() for x in heads(70, dtype=dtype))
     mask = torch.rand(2, 70, generator=torch.Generator().manual_seed(1)) < 0.5
     out = mk.linear_attention(q, k, v, mask=mask, is_causal=causal)
     grads = torch.autograd.grad(out.square().sum(), (k, v))
@@ -196,6 +214,24 @@ def test_what_does_not_count_changes_nothing(causal: bool, isa: str) -> None:
     with torch.no_grad():
         changed = [torch.where(mask[:, None, :, None], x, 17.0) for x in (k, v)]
         assert_same_bits(mk.linear_attention(q, *changed, mask=mask, is_causal=causal), out.detach(), "hidden keys")
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("length", [33, 70])
+@over_dtypes
+def test_what_lies_beside_the_channels(dtype: torch.dtype, length: int, causal: bool, isa: str) -> None:
+    """Rows of an odd number of channels, among others that are NaN, have the bits of rows by themselves."""
+    alone = [x.requires_grad_() for x in (*heads(length, d=17, dv=19, dtype=dtype), normal(2, 2, length, 19, dtype=dtype))]
+
+    def among(x: Tensor) -> Tensor:
+        return F.pad(x.detach(), (1, 3), value=torch.nan)[..., 1:-3].requires_grad_()
+
+    def everything(q: Tensor, k: Tensor, v: Tensor, upstream: Tensor) -> tuple[Tensor, ...]:
+        out = mk.linear_attention(q, k, v, is_causal=causal)
+        return out, *torch.autograd.grad(out, (q, k, v), upstream)
+
+    for i, (a, b) in enumerate(zip(everything(*map(among, alone)), everything(*alone), strict=True)):
+        assert_same_bits(a, b, f"result {i}")
 
 
 def test_denominator_of_zero(isa: str) -> None:
@@ -212,9 +248,10 @@ def test_denominator_of_zero(isa: str) -> None:
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=["nan", "inf", "-inf"])
 @pytest.mark.parametrize("feature_map", ["elu1", "relu", "identity"])
 @pytest.mark.parametrize("causal", [False, True])
-def test_nan_and_infinity_as_in_torch(value: float, feature_map: str, causal: bool, isa: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_nan_and_infinity_as_in_torch(dtype: torch.dtype, value: float, feature_map: str, causal: bool, isa: str) -> None:
     for position in range(3):
-        tensors = list(heads(7))
+        tensors = list(heads(7, dtype=dtype))
         tensors[position][1, 1, 3, 2] = value
         call = Call(tuple(tensors), {"feature_map": feature_map, "is_causal": causal})
         ours, plain = call.of(mk.linear_attention), call.of(reference.linear_attention)

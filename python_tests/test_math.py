@@ -116,7 +116,7 @@ def test_special_values(blocks: ModuleType, tier: str) -> None:
 
 @over_tiers
 def test_limits(blocks: ModuleType, tier: str) -> None:
-    """exp overflows and flushes just where float does, exp2 a little before; erf and tanh never leave [-1, 1]; exp(0) is 1."""
+    """exp overflows and flushes just where float does, exp2 a little before; erf and tanh never leave [-1, 1]."""
     edge = torch.tensor([88.72283, 88.72284, -87.33654, -87.33656])
     large, infinite, small, flushed = ours(blocks, tier, "exp", edge).tolist()
     assert large < math.inf and infinite == math.inf

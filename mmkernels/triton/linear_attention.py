@@ -372,6 +372,7 @@ _HALF: dict[str, _Tile] = {"cuda": (32, 8, {"queries_kernel": 4}), "hip": (32, 4
 _SINGLE: dict[str, _Tile] = {"cuda": (16, 8, {"keys_backward_kernel": 4}), "hip": (16, 8, {})}
 _UNALIGNED_ROWS = 16  # on CUDA, of more than 64 channels that 16 does not divide: each element has an address in a register
 _MOST_VALUES = 32  # channels of v whose sums, or gradients, are at hand
+_WIDE_SUMS = 16, 64  # the same of sums on CUDA in half precision for heads of more than 64 channels, rows first
 
 
 def _make() -> str:
@@ -418,6 +419,9 @@ class _Call:
         self.warps = others if small else {}
         if not small and _make() == "cuda" and any(c % 16 for c in channels):
             self.rows = _UNALIGNED_ROWS
+        self.of_sums = self.rows, _MOST_VALUES
+        if not small and _make() == "cuda" and q.dtype != torch.float32:
+            self.of_sums = _WIDE_SUMS
         self.options: dict[str, Any] = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": False}
         self.sizes = {"D": channels[0], "DV": channels[1], "BLOCK_D": _block(channels[0])}
         self.group = self.heads // self.kv_heads
@@ -479,7 +483,8 @@ class _Call:
         part = self.rows if self.causal else _PART
         tiles = self.tiles(tokens, part)
         partial, final = self.state(tiles), self.state(self.sequences)
-        block_e = min(_block(self.sizes["DV"]), _MOST_VALUES)
+        rows, most_values = self.of_sums
+        block_e = min(_block(self.sizes["DV"]), most_values)
         if tokens * self.sequences > 0:
             sums_kernel[(self.kv_heads * tiles, max(1, triton.cdiv(self.sizes["DV"], block_e)))](
                 x=self.operand(x),
@@ -499,7 +504,7 @@ class _Call:
                 MAP=self.map,
                 **self.sizes,
                 BLOCK_E=block_e,
-                BLOCK_N=self.rows,
+                BLOCK_N=rows,
                 PART=part,
                 **self.options,
             )
