@@ -108,8 +108,8 @@ def isa() -> str:
 
 
 def has_bf16_pairs(*, without_tiles: bool = False) -> bool:
-    """Whether products of pairs of bfloat16 (AVX512_BF16) are in force; `without_tiles`: for a family without kernels of tiles,
-    which take their place elsewhere."""
+    """Whether products of pairs of bfloat16 (AVX512_BF16) are in force; `without_tiles`: of a family without kernels of
+    tiles, which take their place elsewhere."""
     return bool(library.mmk_has_bf16_pairs(int(without_tiles)))
 
 
