@@ -23,7 +23,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 def bfloat16_kernel(*, without_tiles: bool = False) -> str:
-    """The kernel of products in bfloat16 that do not stay with vectors; `without_tiles`: of a family without kernels of tiles.
+    """The kernel of products in bfloat16 that do not stay with vectors; `without_tiles`: of a family without tiles.
     As the processor says, not the library."""
     isa = "avx512" if runtime.isa() == "amx" and without_tiles else runtime.isa()
     if isa != "avx512" or os.environ.get("MMK_TEST_EMULATE_AVX512") == "1":
