@@ -185,8 +185,12 @@ void units(const HashRows& call, int64_t begin, int64_t end, void* sum) {
   const int64_t channels = call.function->channels;
   A* sums = static_cast<A*>(sum);
   for (int64_t c = 0; c < channels; ++c) sums[c] = A(0);
+  constexpr int64_t rows_ahead = 48;  // hardware asks for no row of the next page, and this loop is soon there
   for (int64_t row = begin; row < end; row += width) {
     const T* x = static_cast<const T*>(call.qk) + row * call.stride;
+    LinesAhead ahead{reinterpret_cast<const char*>(x + rows_ahead * call.stride), call.stride * static_cast<int64_t>(sizeof(T)),
+                     channels * static_cast<int64_t>(sizeof(T)), least(width, end - row - rows_ahead)};
+    while (ahead.rows > 0) ahead.look();
     if (end - row >= width) {
       add_units<true>(x, call.stride, width, channels, sums);
     } else {
