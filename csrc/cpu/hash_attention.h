@@ -33,17 +33,10 @@ struct HashRows {
   double sigma;
 };
 
-// Rows that are read next: asked for row by row while others are hashed. Null: none.
-struct HashAhead {
-  const void* rows;
-  int64_t stride, bytes;  // in bytes; of a row
-};
-
 struct HashCodes {
   HashRows rows;
   int32_t* codes;
   int32_t* inside;  // null: not needed; else the bits with -1 < y < 1
-  HashAhead values, next;  // of these rows; the next head's
 };
 
 // Backward, rows of the same sample and head. `sums` and `slopes` are S, z and their gradients, laid out as HashState below.

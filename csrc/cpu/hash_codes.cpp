@@ -114,13 +114,10 @@ class Hashing {
   }
 
   // Whether every y of the chunk is a number.
-  bool hash(const Workspace& memory, std::int64_t head, std::int64_t chunk, std::int32_t* codes, std::int32_t* inside,
-            const HeadRows* values) const {
+  bool hash(const Workspace& memory, std::int64_t head, std::int64_t chunk, std::int32_t* codes, std::int32_t* inside) const {
     const HashFunction f = function(memory, head);
-    HashCodes call{rows_of(memory, f, head), codes + head * rows.rows, inside == nullptr ? nullptr : inside + head * rows.rows,
-                   {}, {}};
-    if (values != nullptr) call.values = values->ahead(head);
-    if (head + 1 < heads) call.next = rows.ahead(head + 1);
+    const HashCodes call{rows_of(memory, f, head), codes + head * rows.rows,
+                         inside == nullptr ? nullptr : inside + head * rows.rows};
     return numbers.codes.kernels->hash[numbers.index](call, chunks.begin(chunk), chunks.end(chunk),
                                                       tile(rows.cols + supports + bits));
   }
@@ -153,7 +150,7 @@ Tensor hash_codes(Tensor qk, Tensor supports, Tensor projection, Tensor mean) {
   memory.allocate();
   hashing.prepare(memory);
   std::int32_t* codes = static_cast<std::int32_t*>(out.mutable_data_ptr());
-  const Pass making{[&](std::int64_t head, std::int64_t chunk) { hashing.hash(memory, head, chunk, codes, nullptr, nullptr); }, nothing};
+  const Pass making{[&](std::int64_t head, std::int64_t chunk) { hashing.hash(memory, head, chunk, codes, nullptr); }, nothing};
   run(hashing.heads, hashing.chunks.count, hashing.row_work(), hashing.sigma_pass(memory), making);
   scratch_done(ScratchUse::hash_attention);
   return out;
@@ -217,7 +214,7 @@ FourTensors ecoformer_attention(Tensor qk, Tensor v, Tensor supports, Tensor pro
     return *memory.at(of_flags + head * chunks.count + chunk);
   };
   const Pass summing{[&](std::int64_t head, std::int64_t chunk) {
-                       are_numbers(head, chunk) = hashing.hash(memory, head, chunk, all_codes, all_inside, &values);
+                       are_numbers(head, chunk) = hashing.hash(memory, head, chunk, all_codes, all_inside);
                        const HashSum call{state,   chunks.group_bits(), all_codes + head * rows.rows, values.at(head),
                                           values.row_stride, nullptr,   nullptr};
                        kernels.sum[numbers.index](call, chunks.begin(chunk), chunks.end(chunk), partial(head, chunk),

@@ -103,25 +103,31 @@ inline void inverse_lengths(const A* tile, int64_t channels, A* inverse) {
   for (int64_t i = 0; i < lanes; ++i) inverse[i] = A(1) / square_root(inverse[i]);
 }
 
-// Rows that the next tiles read, asked for while exponentials are made.
+// The rows that the next tile reads and writes, asked for while this one's exponentials are made.
 class TileAhead {
  public:
-  void add(const HashAhead& of, int64_t row, int64_t count) {
-    if (of.rows == nullptr || count <= 0) return;
-    operands_[operands_count_++] = {static_cast<const char*>(of.rows) + row * of.stride, of.stride, of.bytes, count};
-    lines_ = most(lines_, count * ceil_div(of.bytes, 64));
+  explicit TileAhead(int64_t rows) : rows_(rows) {}
+  void add(const void* first, int64_t stride, int64_t bytes) {
+    operands_[operands_count_++] = {static_cast<const char*>(first), stride, bytes};
   }
   // One of so many looks.
   void look(int64_t looks) {
-    const int64_t at_once = ceil_div(lines_, looks);
-    for (int operand = 0; operand < operands_count_; ++operand)
-      for (int64_t i = 0; i < at_once; ++i) operands_[operand].look();
+    for (int64_t left = least(ceil_div(rows_, looks), rows_ - at_); left > 0; --left, ++at_)
+      for (int operand = 0; operand < operands_count_; ++operand) {
+        Operand& of = operands_[operand];
+        for (int64_t byte = 0; byte < of.bytes; byte += 64) __builtin_prefetch(of.row + byte, 0, 2);
+        of.row += of.stride;
+      }
   }
 
  private:
-  LinesAhead operands_[4];
+  struct Operand {
+    const char* row;
+    int64_t stride, bytes;  // in bytes; of a row
+  };
+  Operand operands_[4];
   int operands_count_ = 0;
-  int64_t lines_ = 0;  // of one operand at most
+  int64_t rows_, at_ = 0;  // of every operand
 };
 
 // --- forward --------------------------------------------------------------------------------------------------------------
@@ -249,11 +255,9 @@ inline void hash_tile(const HashCodes& call, int64_t row, int64_t count, void* t
   inverse_lengths<A, vectors>(x, f.channels, scale);
   const A per_sigma = static_cast<A>(log2_of_e / rows.sigma);
   for (int64_t i = 0; i < lanes; ++i) scale[i] *= per_sigma;
-  TileAhead ahead;
-  ahead.add(call.values, row, count);
-  ahead.add(call.next, row, count);
+  TileAhead nothing(0);
   multiply_tile<A, vectors>(static_cast<const A*>(f.anchors), f.channels, 1, x, f.supports, f.channels, kernel);
-  exponentials<A, vectors>(f, static_cast<const A*>(rows.bias), scale, static_cast<const A*>(f.mean), kernel, kernel, ahead);
+  exponentials<A, vectors>(f, static_cast<const A*>(rows.bias), scale, static_cast<const A*>(f.mean), kernel, kernel, nothing);
   multiply_tile<A, vectors>(static_cast<const A*>(f.projection), f.supports, 1, kernel, f.bits, f.supports, y);
   store_bits<A, vectors>(y, f.bits, count, call.codes + row, [&](const typename V::Register& value) {
     unordered |= value != value;
@@ -342,10 +346,10 @@ inline accumulator_t<T> backward_tile(const HashBackward& call, int64_t row, int
     }
   });
 
-  TileAhead ahead;
-  const auto add = [&](const void* from, int64_t stride, int64_t channels) {
+  TileAhead ahead(most(0, least(lanes, end - row - lanes)));
+  const auto add = [&](const void* rows_of_head, int64_t stride, int64_t channels) {
     constexpr int64_t bytes = sizeof(T);
-    ahead.add({from, stride * bytes, channels * bytes}, row + lanes, least(lanes, end - row - lanes));
+    ahead.add(static_cast<const char*>(rows_of_head) + (row + lanes) * stride * bytes, stride * bytes, channels * bytes);
   };
   add(call.grad, call.width, call.width);
   add(call.v, call.v_stride, call.width);

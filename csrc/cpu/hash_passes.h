@@ -48,7 +48,6 @@ struct HeadRows {
   char* at(std::int64_t head) const {
     return data + (head / heads * sample_stride + head % heads * head_stride) * bytes;
   }
-  HashAhead ahead(std::int64_t head) const { return {at(head), row_stride * bytes, cols * bytes}; }
 };
 
 // Codes [B, H, N], contiguous or not.
