@@ -208,7 +208,7 @@ void units(const HashRows& call, int64_t begin, int64_t end, void* sum) {
 // The dot products of a tile's rows with the anchors become kernels: 2^(bias + dot scale), less the mean where it is given.
 template <class A, int vectors>
 inline void exponentials(const HashFunction& f, const A* bias, const A* scale, const A* mean, const A* dots, A* to,
-                         TileAhead& ahead) {
+                         TileAhead* ahead = nullptr) {
   using V = Vec<A>;
   using Register = typename V::Register;
   constexpr int64_t lanes = vectors * V::width;
@@ -220,7 +220,7 @@ inline void exponentials(const HashFunction& f, const A* bias, const A* scale, c
       const Register power = exp2<A>(V::fma(V::load(dots + j * lanes + at), scales[v], added));
       V::store(to + j * lanes + at, power - taken);
     });
-    ahead.look(f.supports);
+    if (ahead) ahead->look(f.supports);
   }
 }
 
@@ -255,9 +255,8 @@ inline void hash_tile(const HashCodes& call, int64_t row, int64_t count, void* t
   inverse_lengths<A, vectors>(x, f.channels, scale);
   const A per_sigma = static_cast<A>(log2_of_e / rows.sigma);
   for (int64_t i = 0; i < lanes; ++i) scale[i] *= per_sigma;
-  TileAhead nothing(0);
   multiply_tile<A, vectors>(static_cast<const A*>(f.anchors), f.channels, 1, x, f.supports, f.channels, kernel);
-  exponentials<A, vectors>(f, static_cast<const A*>(rows.bias), scale, static_cast<const A*>(f.mean), kernel, kernel, nothing);
+  exponentials<A, vectors>(f, static_cast<const A*>(rows.bias), scale, static_cast<const A*>(f.mean), kernel, kernel);
   multiply_tile<A, vectors>(static_cast<const A*>(f.projection), f.supports, 1, kernel, f.bits, f.supports, y);
   store_bits<A, vectors>(y, f.bits, count, call.codes + row, [&](const typename V::Register& value) {
     unordered |= value != value;
@@ -360,7 +359,7 @@ inline accumulator_t<T> backward_tile(const HashBackward& call, int64_t row, int
   const A inverse_sigma = static_cast<A>(1 / rows.sigma), per_sigma = static_cast<A>(log2_of_e / rows.sigma);
   for (int64_t i = 0; i < lanes; ++i) scale[i] = inverse[i] * per_sigma;
   multiply_tile<A, vectors>(static_cast<const A*>(f.anchors), f.channels, 1, x, f.supports, f.channels, dots);
-  exponentials<A, vectors>(f, static_cast<const A*>(rows.bias), scale, static_cast<const A*>(nullptr), dots, kernel, ahead);
+  exponentials<A, vectors>(f, static_cast<const A*>(rows.bias), scale, static_cast<const A*>(nullptr), dots, kernel, &ahead);
   A* of_kernel = values;  // which are done with
   multiply_tile<A, vectors>(static_cast<const A*>(f.projection), 1, f.supports, of_y, f.supports, f.bits, of_kernel);
   const A* squares = static_cast<const A*>(f.squares);

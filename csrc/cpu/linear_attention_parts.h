@@ -176,8 +176,8 @@ inline void key_features(const LinearAttentionCall& call, const Sequence& sequen
   const int64_t row = padded<A>(call.dim);
   with_map(call.feature_map, [&]<FeatureMap map>() {
     for (int64_t r = 0; r < count; ++r, to += row) {
-      if (!sequence.counts(call, j + r)) {  // no memset: a call would cost the registers that hold the constants of exp
-        for (int64_t d = 0; d < row; d += Vec<A>::width) Vec<A>::store(to + d, Vec<A>::zero());
+      if (!sequence.counts(call, j + r)) {
+        memset(to, 0, static_cast<size_t>(row) * sizeof(A));
         continue;
       }
       const T* x = sequence.key<T>(call.k, j + r);
