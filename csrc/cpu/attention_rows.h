@@ -23,18 +23,9 @@ inline bool rows_stream(const Call& call, const AttentionOperand& to, int64_t ch
          rows_aligned<T>(data, to.batch);
 }
 
+// A row of accumulators, times a factor, as one of an operand.
 template <class A, class T>
-inline void store_row(const A* from, int64_t channels, bool stream, T* to) {
-  if (stream) {
-    for (int64_t c = 0; c < channels; c += Vec<A>::width) Vec<A>::stream(to + c, Vec<A>::load(from + c));
-  } else {
-    for_each_vector<A>(channels, [&](int64_t c, int64_t lanes) { store_lanes<A>(to + c, load_lanes<A>(from + c, lanes), lanes); });
-  }
-}
-
-// The same times a factor.
-template <class A, class T>
-inline void store_row(const A* from, A factor, int64_t channels, bool stream, T* to) {
+inline void store_row(const A* from, int64_t channels, bool stream, T* to, A factor = A(1)) {
   using V = Vec<A>;
   if (stream) {
     for (int64_t c = 0; c < channels; c += V::width) V::stream(to + c, V::load(from + c) * V::set(factor));

@@ -63,7 +63,7 @@ void queries(const LinearAttentionCall& call, int64_t begin, int64_t end, void* 
                                     [&](int64_t, int64_t next) { return sequence.query<T>(call.q, head, next); });
       Form<A, T>::by_rows(of_queries.along, of_state.down, call.dim, count, shape.value_dim, false, results, shape.value_dim, ahead);
       for (int64_t r = 0; r < count; ++r)
-        store_row(results + r * shape.value_dim, inverse[r], call.value_dim, stream, sequence.query<T>(call.out, head, i + r));
+        store_row(results + r * shape.value_dim, call.value_dim, stream, sequence.query<T>(call.out, head, i + r), inverse[r]);
     }
   }
   if (stream) stream_fence();
@@ -108,7 +108,7 @@ void causal(const LinearAttentionCall& call, int64_t begin, int64_t end, void* s
                    following.queries(head, i, count, next, next_end, call.dim, count, shape.value_dim));
         add_seen<A, F>(of_scores.along, keys.values.down, count, shape.value_dim, results, shape.value_dim);
         for (int64_t r = 0; r < count; ++r)
-          store_row(results + r * shape.value_dim, inverse[r], call.value_dim, stream, sequence.query<T>(call.out, head, i + r));
+          store_row(results + r * shape.value_dim, call.value_dim, stream, sequence.query<T>(call.out, head, i + r), inverse[r]);
       }
       keys.add_to(call, count, state, following.keys(next, next_end, count, call.dim, shape.value_dim));
     }
