@@ -18,8 +18,9 @@ which joins window, causality, limits and length, less those that mask and segme
 through the blocks that are wholly visible (phase 0: nothing to check) and then through the others (phase 1).
 
 No atomics: every element of every output has one program, which adds up in a fixed order. In half precision without bias
-and softcap, scores are in units of log 2 (BASE2), so that weights are powers of 2. Else they are natural: a bias may be as
-large as a float can be, and in float32 the rounding of one more factor shows.
+and softcap, and with a positive scale, weights are powers of 2 (BASE2), and scores stay the products that they were, whose
+order the scale does not change. Else they are natural: a bias may be as large as a float can be, and in float32 the rounding
+of one more factor shows.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import triton
 import triton.language as tl
 
 from mmkernels.triton.attention_parts import (
+    LOG2E,
     address,
     dropout_factor,
     dropout_rows_of,
@@ -64,8 +66,8 @@ def forward_kernel(
     q, k, v, out, lse, bias, mask, limits, segments_q, segments_k, gate, cu_q, cu_k, seed,
     tiles, sequences, heads, group, len_q, len_k, window_left, window_right, scale, softcap, threshold, keep_scale,
     split_rows,
-    BOTTOM_RIGHT: tl.constexpr, DECODE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BASE2: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, DECODE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program attends for BLOCK_M queries of one head of q; grid: (heads * tiles, 1).
 
@@ -73,11 +75,13 @@ def forward_kernel(
     keys; grid: (heads of k * tiles, parts). Part n writes out and lse `n * split_rows` rows further on.
     """
     EXACT: tl.constexpr = q[0].dtype.element_ty == tl.float32
-    BASE2: tl.constexpr = bias is None and softcap is None and not EXACT
+    unit = scale * LOG2E
     FREE: tl.constexpr = mask is None and segments_q is None
     owner = tl.program_id(0) // tiles
     fold = group if DECODE else 1
     b, first_row = place(tl.program_id(0) % tiles, cu_q, sequences, len_q, fold, BLOCK_M)
+    if cu_q is None:  # the last queries first: of causal ones they take longest, and should not be what all wait for
+        first_row = (tl.cdiv(len_q * fold, BLOCK_M) - 1) * BLOCK_M - first_row
     begin_q, len_q = sequence(cu_q, b, len_q)
     begin_k, len_k = sequence(cu_k, b, len_k)
     if cu_q is not None:  # noqa: SIM102 - Triton evaluates both sides of an `and`
@@ -132,7 +136,7 @@ def forward_kernel(
             if phase == 1:
                 segment_k = per_token(segments_k, b, 0, begin_k + j, j < len_k, 0)
                 s = hide(s, low, high, mask, mask_rows, segment_q, segment_k, i[:, None], j[None, :])
-            p, rescale, top, total = softmax_step(s, top, total, BASE2)
+            p, rescale, top, total = softmax_step(s, top, total, unit, BASE2)
             if threshold is not None:
                 p *= dropout_factor(dropout_rows, j[None, :], threshold, keep_scale)
             if gate is not None:
@@ -140,7 +144,7 @@ def forward_kernel(
                 p *= factor.to(tl.float32)[None, :]
             values = load_rows(v_rows + start.to(tl.int64) * v[3], j < len_k, DV, BLOCK_DV, phase == 1)
             acc = tl.dot(p.to(values.dtype), values, acc * rescale[:, None], input_precision="ieee")
-    acc, of_rows = softmax_end(acc, top, total, BASE2)
+    acc, of_rows = softmax_end(acc, top, total, unit, BASE2)
     part = 0
     if DECODE:
         part = tl.program_id(1).to(tl.int64) * split_rows
@@ -197,8 +201,8 @@ def queries_kernel(
     grad_out, grad_lse, q, k, v, lse, norm, delta, grad_q,
     bias, mask, limits, segments_q, segments_k, gate, cu_q, cu_k, seed,
     tiles, sequences, heads, group, len_q, len_k, window_left, window_right, scale, softcap, threshold, keep_scale,
-    STATS: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    STATS: tl.constexpr, BASE2: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program adds up grad_q of BLOCK_M queries of one head over the keys; grid: (heads * tiles,).
 
@@ -207,10 +211,12 @@ def queries_kernel(
     so large that its rounding shows there (FAR); elsewhere norm is 1 and delta what it was.
     """
     EXACT: tl.constexpr = q[0].dtype.element_ty == tl.float32
-    BASE2: tl.constexpr = bias is None and softcap is None and not EXACT
+    unit = scale * LOG2E
     head = tl.program_id(0) // tiles
     kv_head = head // group
     b, first_row = place(tl.program_id(0) % tiles, cu_q, sequences, len_q, 1, BLOCK_M)
+    if cu_q is None:  # as in forward_kernel
+        first_row = (tl.cdiv(len_q, BLOCK_M) - 1) * BLOCK_M - first_row
     begin_q, len_q = sequence(cu_q, b, len_q)
     begin_k, len_k = sequence(cu_k, b, len_k)
     if cu_q is not None:  # noqa: SIM102 - Triton evaluates both sides of an `and`
@@ -252,7 +258,7 @@ def queries_kernel(
         s, slope = scores_of(products, scale, softcap, bias, bias_rows, i[:, None], j[None, :], EXACT, BASE2)
         segment_k = per_token(segments_k, b, 0, begin_k + j, j < len_k, 0)
         s = hide(s, low, high, mask, mask_rows, segment_q, segment_k, i[:, None], j[None, :])
-        p = weights_of(s, of_rows, None if STATS else norm_rows, BASE2)
+        p = weights_of(s, of_rows, None if STATS else norm_rows, unit, BASE2)
         dp = tl.dot(upstream, tl.trans(values), input_precision="ieee")
         if gate is not None:
             factor = tl.load(address(gate, b, kv_head, begin_k + j), mask=j < len_k, other=0.0)
@@ -285,13 +291,13 @@ def keys_kernel(
     grad_out, q, k, v, lse, norm, delta, grad_k, grad_v, grad_gate,
     bias, mask, limits, segments_q, segments_k, gate, cu_q, cu_k, seed,
     tiles, sequences, heads, group, len_q, len_k, window_left, window_right, scale, softcap, threshold, keep_scale,
-    BOTTOM_RIGHT: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BASE2: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program adds up grad_k, grad_v and grad_gate of BLOCK_N keys of one head of k, over the heads of its group and
     their queries; grid: (heads of k * tiles,). Its tiles of scores are transposed, keys before queries."""
     EXACT: tl.constexpr = q[0].dtype.element_ty == tl.float32
-    BASE2: tl.constexpr = bias is None and softcap is None and not EXACT
+    unit = scale * LOG2E
     kv_head = tl.program_id(0) // tiles
     b, first_row = place(tl.program_id(0) % tiles, cu_k, sequences, len_k, 1, BLOCK_N)
     begin_q, len_q = sequence(cu_q, b, len_q)
@@ -336,7 +342,7 @@ def keys_kernel(
             mask_rows = score_rows(mask, b, head, i, 0)
             low, high = interval(i[None, :], len_q, len_k, window_left, window_right, limit, BOTTOM_RIGHT)
             s = hide(s, low, high, mask, mask_rows, segment_q, segment_k, i[None, :], j[:, None])
-            p = weights_of(s, of_rows, norm_rows, BASE2)
+            p = weights_of(s, of_rows, norm_rows, unit, BASE2)
             kept = p
             dp = tl.dot(own_v, tl.trans(upstream), input_precision="ieee")
             if threshold is not None:
@@ -421,7 +427,7 @@ def bias_kernel(
                 if threshold is not None:
                     dropout_rows = dropout_rows_of(seed, b * heads + head, i)[:, None]
                     dp *= dropout_factor(dropout_rows, j[None, :], threshold, keep_scale)
-                acc += weights_of(s, of_rows, norm_rows, False) * (dp - centre)
+                acc += weights_of(s, of_rows, norm_rows, None, False) * (dp - centre)
     i = q_tile * BLOCK_M + ii
     j = k_tile * BLOCK_N + jj
     grad = grad_bias + (own_b.to(tl.int64) * own_heads + own_head) * size_q * size_k

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from mmkernels.triton.attention_parts import (
+    LOG2E,
     address,
     hide,
     interval,
@@ -27,7 +28,10 @@ from mmkernels.triton.attention_parts import (
 )
 
 # Of what all kernels of a call are given, what those here take.
-SHARED = ("q", "k", "v", "bias", "mask", "heads", "len_q", "len_k", "window_left", "window_right", "scale", "BOTTOM_RIGHT")
+SHARED = (
+    "q", "k", "v", "bias", "mask", "heads", "len_q", "len_k", "window_left", "window_right", "scale",
+    "BASE2", "BOTTOM_RIGHT",
+)  # fmt: skip
 _SIZES = ["pairs", "heads", "len_q", "len_k", "window_left", "window_right"]
 
 
@@ -89,12 +93,12 @@ def _scores(
 @triton.jit(do_not_specialize=_SIZES)
 def tiny_forward_kernel(
     q, k, v, out, lse, bias, mask, pairs, heads, len_q, len_k, window_left, window_right, scale,
-    BOTTOM_RIGHT: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    PAIRS: tl.constexpr, SLOT_Q: tl.constexpr, SLOT_K: tl.constexpr,
+    BASE2: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, PAIRS: tl.constexpr, SLOT_Q: tl.constexpr, SLOT_K: tl.constexpr,
 ):  # fmt: skip
     """One program attends for PAIRS pairs; grid: (cdiv(pairs, PAIRS),)."""
     EXACT: tl.constexpr = q[0].dtype.element_ty == tl.float32
-    BASE2: tl.constexpr = bias is None and not EXACT
+    unit = scale * LOG2E
     b, head, i, inside = _rows_of(pairs, heads, len_q, PAIRS, SLOT_Q)
     b_of_key, head_of_key, j, exists = _rows_of(pairs, heads, len_k, PAIRS, SLOT_K)
     queries = scaled(load_rows(address(q, b, head, i), inside, D, BLOCK_D, True), scale, EXACT)
@@ -106,8 +110,8 @@ def tiny_forward_kernel(
     )  # fmt: skip
     top = tl.full((PAIRS * SLOT_Q,), float("-inf"), tl.float32)
     total = tl.zeros((PAIRS * SLOT_Q,), tl.float32)
-    p, _, top, total = softmax_step(s, top, total, BASE2)
-    acc, of_rows = softmax_end(_product(p.to(values.dtype), values, PAIRS), top, total, BASE2)
+    p, _, top, total = softmax_step(s, top, total, unit, BASE2)
+    acc, of_rows = softmax_end(_product(p.to(values.dtype), values, PAIRS), top, total, unit, BASE2)
     store_rows(address(out, b, head, i), inside, acc, out[0].dtype.element_ty, DV, BLOCK_DV)
     tl.store(address(lse, b, head, i), of_rows, mask=inside)
 
@@ -116,13 +120,13 @@ def tiny_forward_kernel(
 def tiny_backward_kernel(
     grad_out, grad_lse, q, k, v, lse, norm, delta, grad_q, grad_k, grad_v, bias, mask,
     pairs, heads, len_q, len_k, window_left, window_right, scale,
-    BOTTOM_RIGHT: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    PAIRS: tl.constexpr, SLOT_Q: tl.constexpr, SLOT_K: tl.constexpr,
+    BASE2: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, PAIRS: tl.constexpr, SLOT_Q: tl.constexpr, SLOT_K: tl.constexpr,
 ):  # fmt: skip
     """One program goes back through PAIRS pairs; grid: (cdiv(pairs, PAIRS),). It leaves norm and delta, what queries_kernel
     has them be, where they are not None."""
     EXACT: tl.constexpr = q[0].dtype.element_ty == tl.float32
-    BASE2: tl.constexpr = bias is None and not EXACT
+    unit = scale * LOG2E
     b, head, i, inside = _rows_of(pairs, heads, len_q, PAIRS, SLOT_Q)
     b_of_key, head_of_key, j, exists = _rows_of(pairs, heads, len_k, PAIRS, SLOT_K)
     queries = scaled(load_rows(address(q, b, head, i), inside, D, BLOCK_D, True), scale, EXACT)
@@ -133,7 +137,7 @@ def tiny_backward_kernel(
         queries, keys, bias, mask, b, head, i, len_q, len_k, window_left, window_right, scale, BOTTOM_RIGHT, EXACT, BASE2,
         PAIRS, SLOT_K,
     )  # fmt: skip
-    p = weights_of(s, lse_of(lse, b, head, i, inside, 1, BASE2), None, BASE2)
+    p = weights_of(s, lse_of(lse, b, head, i, inside, 1, BASE2), None, unit, BASE2)
     total = tl.sum(p, 1)
     of_norm = 1.0 / tl.where(total == 0.0, 1.0, total)
     p *= of_norm[:, None]

@@ -14,11 +14,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmkernels.triton import launch
+
 CHUNK = 1024
 _MOST_BINS = 1024
 _BLOCK_C, _BLOCK_E = 32, 128
 _BLOCK_I, _BLOCK_J = 128, 32
-_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+_OPTIONS = launch.options(4)
 
 
 @triton.jit

@@ -17,16 +17,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmkernels.triton import launch, pinned
+from mmkernels.triton.pinned import Tile
+
 MAX_CHANNELS = 4096  # a row lives in one program's registers, and in backward so do its running sums: twice as many spill
 
-# BLOCK_C -> warps of forward and of backward: what spills nowhere (python_tests/test_triton.py compiles all of it).
+# BLOCK_C -> warps of forward and of backward where no table pins others: what spills nowhere (python_tests/test_triton.py
+# compiles all of it).
 _WARPS = {64: (1, 1), 256: (1, 2), 1024: (8, 4), MAX_CHANNELS: (16, 8)}
-
-
-def _options(warps: int) -> dict[str, Any]:
-    """Launch options. No fused multiply-adds of the compiler's choosing: they would make a product differ from itself, and
-    a gradient that is zero come out as rounding noise times 1 / sqrt(eps)."""
-    return {"num_warps": warps, "enable_fp_fusion": False}
 
 
 @triton.jit
@@ -149,6 +147,12 @@ def _block_c(channels: int) -> int:
     return next(block for block in _WARPS if block >= channels)
 
 
+def _warps(kind: str, block_c: int, rich: bool) -> Tile:
+    """Of a kernel for rows of that block; `rich` calls have more than a norm's own operands."""
+    default = _WARPS[block_c][kind == "backward"]
+    return pinned.tile(("norm", kind, block_c, rich and "rich"), (default,), pinned.WARPS)
+
+
 def _inner(x: Tensor) -> int:
     """Rows of one sample."""
     return math.prod(x.shape[1:-1])
@@ -213,7 +217,7 @@ def norm(
         MODULATED=scale is not None,
         RMS=rms,
         BLOCK_C=block_c,
-        **_options(_WARPS[block_c][0]),
+        **launch.options(*_warps("forward", block_c, residual is not None or scale is not None)),
     )
     return normed, summed, stats
 
@@ -298,7 +302,7 @@ def norm_backward(
             GATE_BY_ROW=gate_by_row,
             RMS=rms,
             BLOCK_C=block_c,
-            **_options(_WARPS[block_c][1]),
+            **launch.options(*_warps("backward", block_c, gate is not None or scale is not None)),
         )
     hat, plain = sums[:2].view(2, groups, group_pieces, channels).sum(2)
 
@@ -354,7 +358,7 @@ def configurations() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dict
                 ("eps", "scale_offset"),
             )
             flags = dict.fromkeys(("HAS_RESIDUAL", "HAS_GATE", "HAS_WEIGHT", "HAS_BIAS", "MODULATED"), True)
-            yield norm_kernel, signature, {**flags, "RMS": False, "BLOCK_C": block_c}, _options(warps)
+            yield norm_kernel, signature, {**flags, "RMS": False, "BLOCK_C": block_c}, launch.options(warps)
             backward_pointers = dict.fromkeys(
                 ("grad_summed", "normalised", "x", "gate", "weight", "scale", "grad_normalised", "grad_x"),
                 x,
@@ -371,4 +375,4 @@ def configurations() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dict
                 if by_row:  # a float32 gate of every row wants the gradient that it is multiplied with in float32
                     signature = {**signature, "grad_normalised": f"*{normed}"}
                 constants = {**flags, "BY_ROW": by_row, "GATE_BY_ROW": by_row, "RMS": False, "BLOCK_C": block_c}
-                yield backward_kernel, signature, constants, _options(backward_warps)
+                yield backward_kernel, signature, constants, launch.options(backward_warps)

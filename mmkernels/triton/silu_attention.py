@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmkernels.reference.silu_attention import rank_of
+from mmkernels.triton import launch
 
 BLOCK_L, BLOCK_M = 16, 128
 
@@ -28,9 +29,8 @@ MAX_KEYS = max(_WARPS) * BLOCK_M
 
 
 def _options(chunks: int) -> dict[str, Any]:
-    """Launch options. In backward as in forward, and with no fused multiply-adds of the compiler's choosing, so that a score
-    is the same in both."""
-    return {"num_warps": _WARPS[chunks], "enable_fp_fusion": False}
+    """Launch options. In backward as in forward, so that a score is the same in both."""
+    return launch.options(_WARPS[chunks])
 
 
 @triton.jit

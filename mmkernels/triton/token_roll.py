@@ -16,16 +16,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmkernels.triton import launch, pinned
+from mmkernels.triton.pinned import Tile
+
 MAX_CHANNELS = 4096  # a row lives in one program's registers, and in backward so do its running sums: twice as many spill
 
-# BLOCK_C -> warps: what spills nowhere (python_tests/test_triton.py compiles all of it).
+# BLOCK_C -> warps of what has a norm, where no table pins others: what spills nowhere (python_tests/test_triton.py compiles
+# all of it).
 _WARPS = {64: 1, 256: 1, 1024: 8, MAX_CHANNELS: 8}
-
-
-def _options(warps: int) -> dict[str, Any]:
-    """Launch options. No fused multiply-adds of the compiler's choosing: they would make a product differ from itself, and
-    a gradient that is zero come out as rounding noise times 1 / sqrt(eps)."""
-    return {"num_warps": warps, "enable_fp_fusion": False}
+_ROLL_WARPS = 4
 
 
 @triton.jit
@@ -152,6 +151,10 @@ def _block_c(channels: int) -> int:
     return next(block for block in _WARPS if block >= channels)
 
 
+def _warps(kind: str, block_c: int) -> Tile:
+    return pinned.tile(("token_roll", kind, block_c), (_WARPS[block_c],), pinned.WARPS)
+
+
 def _roll_blocks(channels: int) -> tuple[int, int]:
     """(BLOCK_N, BLOCK_C): tiles of 1024 elements, wide where rows are wide."""
     block_c = _block_c(min(channels, 1024))
@@ -197,7 +200,7 @@ def token_roll(x: Tensor, num_frames: int, divisor: int, ranges: Sequence[int], 
         token_stride=x.stride(1),
         BLOCK_N=block_n,
         BLOCK_C=block_c,
-        **_options(4),
+        **launch.options(*pinned.tile(("token_roll", "roll", block_c), (_ROLL_WARPS,), pinned.WARPS)),
     )
     return out
 
@@ -240,7 +243,7 @@ def token_roll_layer_norm(
         HAS_BIAS=bias is not None,
         NEED_ROLLED=need_rolled,
         BLOCK_C=block_c,
-        **_options(_WARPS[block_c]),
+        **launch.options(*_warps("layer_norm", block_c)),
     )
     return normed, rolled, stats
 
@@ -289,7 +292,7 @@ def token_roll_layer_norm_backward(
             HAS_ROLLED=grad_rolled is not None,
             HAS_WEIGHT=weight is not None,
             BLOCK_C=block_c,
-            **_options(_WARPS[block_c]),
+            **launch.options(*_warps("layer_norm_backward", block_c)),
         )
 
     def parameter(needed: bool, like: Tensor | None, sums: Tensor) -> Tensor:
@@ -308,14 +311,19 @@ def configurations() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dict
     for x in ("fp32", "bf16", "fp16"):
         for block_c, table in ((64, True), (64, False), (256, True), (256, False), (1024, True), (1024, False)):
             signature = {"x": f"*{x}", "out": f"*{x}", "shifts": "*i64", **sizes, **strides}
-            yield roll_kernel, signature, {"HAS_TABLE": table, "BLOCK_N": 1024 // block_c, "BLOCK_C": block_c}, _options(4)
+            yield (
+                roll_kernel,
+                signature,
+                {"HAS_TABLE": table, "BLOCK_N": 1024 // block_c, "BLOCK_C": block_c},
+                launch.options(_ROLL_WARPS),
+            )
     for x, normed in types:
         for block_c, warps in _WARPS.items():
             pointers = ("x", "shifts", "weight", "bias", "normed", "rolled", "mean_out", "rstd_out")
             kinds = (x, "i64", x, x, normed, x, "fp32", "fp32")
             signature = {name: f"*{kind}" for name, kind in zip(pointers, kinds, strict=True)}
             flags = {"HAS_TABLE": True, "HAS_WEIGHT": True, "HAS_BIAS": True, "NEED_ROLLED": True, "BLOCK_C": block_c}
-            yield norm_kernel, {**signature, **sizes, **strides, "eps": "fp32"}, flags, _options(warps)
+            yield norm_kernel, {**signature, **sizes, **strides, "eps": "fp32"}, flags, launch.options(warps)
             backward_pointers = (
                 "grad_normed", "grad_rolled", "x", "shifts", "weight", "mean_in", "rstd_in", "grad_x", "partial_weight",
                 "partial_bias",
@@ -327,5 +335,5 @@ def configurations() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dict
                 backward_kernel,
                 {**signature, **sizes, **strides, "positions": "i32", "chunks": "i32"},
                 flags,
-                _options(warps),
+                launch.options(warps),
             )

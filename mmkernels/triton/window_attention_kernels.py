@@ -213,10 +213,10 @@ def forward_kernel(
             products, factor, _column(inverse_q), _row(inverse_k), bias, _column(region_q), _row(region_k), mask_value,
             SHIFTED,
         )  # fmt: skip
-        p, rescale, top, total = softmax_step(s, top, total, False)
+        p, rescale, top, total = softmax_step(s, top, total, None, False)
         values = _load(v, pad_v, b, head, token_k, inside_k, exists_k, D, BLOCK_D)
         acc = tl.dot(p.to(values.dtype), values, acc * rescale[:, None], input_precision="ieee")
-    acc, of_rows = softmax_end(acc, top, total, False)
+    acc, of_rows = softmax_end(acc, top, total, None, False)
     store_rows(address(out, b, head, token), exists, acc, out[0].dtype.element_ty, D, BLOCK_D)
     tl.store(address(lse, window, head, i), of_rows, mask=inside)
 
@@ -340,7 +340,7 @@ def queries_kernel(
                 products, factor, _column(inverse_q), _row(inverse_k), bias, _column(region_q), _row(region_k), mask_value,
                 SHIFTED,
             )  # fmt: skip
-            p = weights_of(s, of_rows, norm_rows, False)
+            p = weights_of(s, of_rows, norm_rows, None, False)
             if not EXACT:
                 dp = tl.dot(upstream, tl.trans(values), input_precision="ieee")
             if turn == 0:
@@ -413,7 +413,7 @@ def keys_kernel(
             SHIFTED,
         )  # fmt: skip
         of_rows = lse_of(lse, window, head, i, inside_q, 0, False)
-        p = weights_of(s, of_rows, per_token(norm, window, head, i, inside_q, 0), False)
+        p = weights_of(s, of_rows, per_token(norm, window, head, i, inside_q, 0), None, False)
         of_values = tl.dot(p.to(upstream.dtype), upstream, of_values, input_precision="ieee")
         dp = tl.dot(own_v, tl.trans(upstream), input_precision="ieee")
         ds = p * (dp - per_token(delta, window, head, i, inside_q, 0))
@@ -456,7 +456,7 @@ def pairs_kernel(
         inverse_k = _row(_inverse_length(keys, norm_eps))
         s, _ = _scores(products, factor, inverse_q, inverse_k, bias, _column(region_q), _row(region_k), mask_value, SHIFTED)
         of_rows = lse_of(lse, window, head, i, inside, 1, False)
-        p = weights_of(s, of_rows, per_token(norm, window, head, i, inside, 1), False)
+        p = weights_of(s, of_rows, per_token(norm, window, head, i, inside, 1), None, False)
         dp = tl.dot(upstream, tl.trans(values), input_precision="ieee")
         acc += p * (dp - per_token(delta, window, head, i, inside, 1))
     at = of_table + owner.to(tl.int64) * N * N + i[:, None] * N + j[None, :]
