@@ -23,8 +23,10 @@ from mmkernels.triton.pinned import Tile
 MAX_CHANNELS = 4096  # a row lives in one program's registers, and in backward so do its running sums: twice as many spill
 
 # BLOCK_C -> warps of forward and of backward where no table pins others: what spills nowhere (python_tests/test_triton.py
-# compiles all of it).
+# compiles all of it). Forward has fewer where a norm has its own operands alone: a thread then has 16 bytes or more of each,
+# and more rows are on their way at once.
 _WARPS = {64: (1, 1), 256: (1, 2), 1024: (8, 4), MAX_CHANNELS: (16, 8)}
+_PLAIN_WARPS = {64: 1, 256: 1, 1024: 2, MAX_CHANNELS: 8}
 
 
 @triton.jit
@@ -149,7 +151,7 @@ def _block_c(channels: int) -> int:
 
 def _warps(kind: str, block_c: int, rich: bool) -> Tile:
     """Of a kernel for rows of that block; `rich` calls have more than a norm's own operands."""
-    default = _WARPS[block_c][kind == "backward"]
+    default = _PLAIN_WARPS[block_c] if kind == "forward" and not rich else _WARPS[block_c][kind == "backward"]
     return pinned.tile(("norm", kind, block_c, rich and "rich"), (default,), pinned.WARPS)
 
 
@@ -347,7 +349,7 @@ def _signature(
 
 def configurations() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
     """(kernel, signature, constants, options) of every tile and element type that the launches above can choose, with all
-    that a call can have, once with one vector a sample and once with one a row."""
+    that a call can have (and forward without), once with one vector a sample and once with one a row."""
     for x, normed in (("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp16"), ("bf16", "fp32"), ("fp16", "fp32")):
         for block_c, (warps, backward_warps) in _WARPS.items():
             pointers = dict.fromkeys(("x", "residual", "gate", "weight", "bias", "shift", "scale", "summed"), x)
@@ -359,6 +361,9 @@ def configurations() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dict
             )
             flags = dict.fromkeys(("HAS_RESIDUAL", "HAS_GATE", "HAS_WEIGHT", "HAS_BIAS", "MODULATED"), True)
             yield norm_kernel, signature, {**flags, "RMS": False, "BLOCK_C": block_c}, launch.options(warps)
+            plain = {**dict.fromkeys(flags, False), "HAS_WEIGHT": True, "HAS_BIAS": True}
+            options = launch.options(_PLAIN_WARPS[block_c])
+            yield norm_kernel, signature, {**plain, "RMS": False, "BLOCK_C": block_c}, options
             backward_pointers = dict.fromkeys(
                 ("grad_summed", "normalised", "x", "gate", "weight", "scale", "grad_normalised", "grad_x"),
                 x,
