@@ -128,7 +128,10 @@ def _length(x):
 @triton.jit
 def _inverse_length(x, norm_eps):
     """1 / max(|x|, eps) of rows; None where a call does not normalise."""
-    return None if norm_eps is None else 1.0 / tl.maximum(_length(x), norm_eps)
+    inverse = None
+    if norm_eps is not None:  # not as one expression: Triton 3.6 makes both sides of it
+        inverse = 1.0 / tl.maximum(_length(x), norm_eps)
+    return inverse
 
 
 @triton.jit
