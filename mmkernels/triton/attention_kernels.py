@@ -36,6 +36,7 @@ from mmkernels.triton.attention_parts import (
     hide,
     interval,
     key_blocks,
+    keys_in_sight,
     load_rows,
     lse_of,
     per_token,
@@ -91,7 +92,7 @@ def forward_kernel(
     inside = row < len_q * fold
     if DECODE:
         i = row % len_q
-        head = owner * group + row // len_q
+        head = owner * group + tl.minimum(row // len_q, group - 1)  # scores are read wherever head says
         kv_head = owner
     else:
         i = row
@@ -107,9 +108,12 @@ def forward_kernel(
     low, high = interval(i[:, None], len_q, len_k, window_left, window_right, limit, BOTTOM_RIGHT)
     begin, whole, whole_end, end = key_blocks(low, high, inside[:, None], len_k, BLOCK_N)
     if DECODE:
-        blocks = end - begin
-        end = begin + blocks * (tl.program_id(1) + 1) // tl.num_programs(1)
-        begin += blocks * tl.program_id(1) // tl.num_programs(1)
+        # blocks * part // parts, where the product may be more than an int32 counts.
+        blocks = (end - begin) // tl.num_programs(1)
+        others = (end - begin) % tl.num_programs(1)
+        part = tl.program_id(1)
+        end = begin + blocks * (part + 1) + others * (part + 1) // tl.num_programs(1)
+        begin += blocks * part + others * part // tl.num_programs(1)
         whole = tl.minimum(tl.maximum(whole, begin), end)
         whole_end = tl.minimum(tl.maximum(whole_end, whole), end)
     whole_blocks = whole_end - whole
@@ -162,15 +166,16 @@ def combine_kernel(parts_out, parts_lse, out, lse, middle, inner, rows, parts, D
     row = tl.program_id(0).to(tl.int64)
     top = tl.full((), float("-inf"), tl.float32)
     for part in range(parts):
-        top = tl.maximum(top, tl.load(parts_lse + part * rows + row))
+        top = tl.maximum(top, tl.load(parts_lse + tl.cast(part, tl.int64) * rows + row))
     base = tl.where(top == float("-inf"), 0.0, top)
     e = tl.arange(0, BLOCK_DV)
     total = tl.full((), 0.0, tl.float32)
     acc = tl.zeros((BLOCK_DV,), tl.float32)
     for part in range(parts):
-        weight = tl.exp(tl.load(parts_lse + part * rows + row) - base)
+        from_row = tl.cast(part, tl.int64) * rows + row
+        weight = tl.exp(tl.load(parts_lse + from_row) - base)
         total += weight
-        acc += weight * tl.load(parts_out + (part * rows + row) * DV + e, mask=e < DV, other=0.0)
+        acc += weight * tl.load(parts_out + from_row * DV + e, mask=e < DV, other=0.0)
     at = address(out, row // inner // middle, row // inner % middle, row % inner)
     seen_any = total != 0.0
     total = tl.where(seen_any, total, 1.0)
@@ -315,6 +320,7 @@ def keys_kernel(
         first_row, tl.minimum(first_row + BLOCK_N, len_k) - 1, len_q, len_k, window_left, window_right, BOTTOM_RIGHT, BLOCK_M
     )
 
+    seen_k = keys_in_sight(len_q, len_k, window_right, BOTTOM_RIGHT)
     own_k = load_rows(address(k, b, kv_head, begin_k + j), inside, D, BLOCK_D, True)
     own_v = load_rows(address(v, b, kv_head, begin_k + j), inside, DV, BLOCK_DV, True)
     ii = tl.arange(0, BLOCK_M)
@@ -340,7 +346,7 @@ def keys_kernel(
             limit = per_token(limits, b, 0, begin_q + i, exists, 0)
             segment_q = per_token(segments_q, b, 0, begin_q + i, exists, 0)
             mask_rows = score_rows(mask, b, head, i, 0)
-            low, high = interval(i[None, :], len_q, len_k, window_left, window_right, limit, BOTTOM_RIGHT)
+            low, high = interval(i[None, :], len_q, seen_k, window_left, window_right, limit, BOTTOM_RIGHT)
             s = hide(s, low, high, mask, mask_rows, segment_q, segment_k, i[None, :], j[:, None])
             p = weights_of(s, of_rows, norm_rows, unit, BASE2)
             kept = p
@@ -396,38 +402,40 @@ def bias_kernel(
     for b in range(own_b, own_b + sum_batch):
         begin_q, len_q = sequence(cu_q, b, all_q)
         begin_k, len_k = sequence(cu_k, b, all_k)
+        seen_k = keys_in_sight(len_q, len_k, window_right, BOTTOM_RIGHT)
         q_blocks = tl.cdiv(len_q, BLOCK_M) if SUM_Q else 1
         k_blocks = tl.cdiv(len_k, BLOCK_N) if SUM_K else 1
         for head in range(own_head, own_head + sum_heads):
             kv_head = head // group
-            for block in range(q_blocks * k_blocks):
-                i = (q_tile + block // k_blocks) * BLOCK_M + ii
-                j = (k_tile + block % k_blocks) * BLOCK_N + jj
-                inside = i < len_q
-                queries = scaled(load_rows(address(q, b, head, begin_q + i), inside, D, BLOCK_D, True), scale, EXACT)
-                upstream = load_rows(address(grad_out, b, head, begin_q + i), inside, DV, BLOCK_DV, True)
-                keys = load_rows(address(k, b, kv_head, begin_k + j), j < len_k, D, BLOCK_D, True)
-                values = load_rows(address(v, b, kv_head, begin_k + j), j < len_k, DV, BLOCK_DV, True)
-                of_rows = lse_of(lse, b, head, begin_q + i, inside, 1, False)
-                norm_rows = per_token(norm, b, head, begin_q + i, inside, 1)
-                centre = per_token(delta, b, head, begin_q + i, inside, 1)
-                limit = per_token(limits, b, 0, begin_q + i, inside, 1)
-                segment_q = per_token(segments_q, b, 0, begin_q + i, inside, 1)
-                segment_k = per_token(segments_k, b, 0, begin_k + j, j < len_k, 0)
-                bias_rows = score_rows(bias, b, head, i, 1)
-                mask_rows = score_rows(mask, b, head, i, 1)
-                low, high = interval(i[:, None], len_q, len_k, window_left, window_right, limit, BOTTOM_RIGHT)
-                products = tl.dot(queries, tl.trans(keys), input_precision="ieee")
-                s, _ = scores_of(products, scale, softcap, bias, bias_rows, i[:, None], j[None, :], EXACT, False)
-                s = hide(s, low, high, mask, mask_rows, segment_q, segment_k, i[:, None], j[None, :])
-                dp = tl.dot(upstream, tl.trans(values), input_precision="ieee")
-                if gate is not None:
-                    factor = tl.load(address(gate, b, kv_head, begin_k + j), mask=j < len_k, other=0.0)
-                    dp *= factor.to(tl.float32)[None, :]
-                if threshold is not None:
-                    dropout_rows = dropout_rows_of(seed, b * heads + head, i)[:, None]
-                    dp *= dropout_factor(dropout_rows, j[None, :], threshold, keep_scale)
-                acc += weights_of(s, of_rows, norm_rows, None, False) * (dp - centre)
+            for q_block in range(q_blocks):
+                for k_block in range(k_blocks):
+                    i = (q_tile + q_block) * BLOCK_M + ii
+                    j = (k_tile + k_block) * BLOCK_N + jj
+                    inside = i < len_q
+                    queries = scaled(load_rows(address(q, b, head, begin_q + i), inside, D, BLOCK_D, True), scale, EXACT)
+                    upstream = load_rows(address(grad_out, b, head, begin_q + i), inside, DV, BLOCK_DV, True)
+                    keys = load_rows(address(k, b, kv_head, begin_k + j), j < len_k, D, BLOCK_D, True)
+                    values = load_rows(address(v, b, kv_head, begin_k + j), j < len_k, DV, BLOCK_DV, True)
+                    of_rows = lse_of(lse, b, head, begin_q + i, inside, 1, False)
+                    norm_rows = per_token(norm, b, head, begin_q + i, inside, 1)
+                    centre = per_token(delta, b, head, begin_q + i, inside, 1)
+                    limit = per_token(limits, b, 0, begin_q + i, inside, 1)
+                    segment_q = per_token(segments_q, b, 0, begin_q + i, inside, 1)
+                    segment_k = per_token(segments_k, b, 0, begin_k + j, j < len_k, 0)
+                    bias_rows = score_rows(bias, b, head, i, 1)
+                    mask_rows = score_rows(mask, b, head, i, 1)
+                    low, high = interval(i[:, None], len_q, seen_k, window_left, window_right, limit, BOTTOM_RIGHT)
+                    products = tl.dot(queries, tl.trans(keys), input_precision="ieee")
+                    s, _ = scores_of(products, scale, softcap, bias, bias_rows, i[:, None], j[None, :], EXACT, False)
+                    s = hide(s, low, high, mask, mask_rows, segment_q, segment_k, i[:, None], j[None, :])
+                    dp = tl.dot(upstream, tl.trans(values), input_precision="ieee")
+                    if gate is not None:
+                        factor = tl.load(address(gate, b, kv_head, begin_k + j), mask=j < len_k, other=0.0)
+                        dp *= factor.to(tl.float32)[None, :]
+                    if threshold is not None:
+                        dropout_rows = dropout_rows_of(seed, b * heads + head, i)[:, None]
+                        dp *= dropout_factor(dropout_rows, j[None, :], threshold, keep_scale)
+                    acc += weights_of(s, of_rows, norm_rows, None, False) * (dp - centre)
     i = q_tile * BLOCK_M + ii
     j = k_tile * BLOCK_N + jj
     grad = grad_bias + (own_b.to(tl.int64) * own_heads + own_head) * size_q * size_k

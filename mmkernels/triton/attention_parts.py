@@ -123,6 +123,16 @@ def interval(i, len_q, len_k, window_left, window_right, limit, BOTTOM_RIGHT: tl
 
 
 @triton.jit
+def keys_in_sight(len_q, len_k, window_right, BOTTOM_RIGHT: tl.constexpr):
+    """As many keys as the last query may see: `len_k` for the interval of queries some of which do not exist, where sums go
+    over these too. Further on they would meet keys that nobody sees, and make NaN of 0 times what is infinite there."""
+    seen = len_k
+    if not BOTTOM_RIGHT and window_right is not None:
+        seen = tl.minimum(tl.cast(len_q, tl.int64) + window_right, len_k).to(len_k.dtype)
+    return seen
+
+
+@triton.jit
 def key_blocks(low, high, inside, len_k, BLOCK: tl.constexpr):
     """Blocks of keys (begin, whole, whole_end, end): queries with these intervals see keys from `begin` on and before `end`,
     and all of those in [whole, whole_end)."""

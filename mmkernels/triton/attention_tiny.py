@@ -16,6 +16,7 @@ from mmkernels.triton.attention_parts import (
     address,
     hide,
     interval,
+    keys_in_sight,
     load_rows,
     lse_of,
     scaled,
@@ -40,11 +41,14 @@ def _rows_of(pairs, heads, tokens, PAIRS: tl.constexpr, SLOT: tl.constexpr):
     """(b, head, token, is one) of the rows of a tile. Where there is no pair, b and head are those of the last one: scores
     are read wherever b and head say."""
     row = tl.arange(0, PAIRS * SLOT)
-    pair = tl.program_id(0) * PAIRS + row // SLOT
+    # There may be more pairs than an int32 counts: they are counted from the tile's first one, and the division of that is
+    # of scalars.
+    first = tl.program_id(0).to(tl.int64) * PAIRS
+    here = tl.minimum(pairs - first, PAIRS).to(tl.int32)
     token = row % SLOT
-    inside = (pair < pairs) & (token < tokens)
-    pair = tl.minimum(pair, pairs - 1)
-    return pair // heads, pair % heads, token, inside
+    inside = (row // SLOT < here) & (token < tokens)
+    head = (first % heads).to(tl.int32) + tl.minimum(row // SLOT, here - 1)
+    return first // heads + head // heads, head % heads, token, inside
 
 
 @triton.jit
@@ -86,7 +90,8 @@ def _scores(
     j = tl.arange(0, SLOT_K)[None, :]
     products = _product_by_rows(queries, keys, PAIRS)
     s, _ = scores_of(products, scale, None, bias, bias_rows, i, j, EXACT, BASE2)
-    low, high = interval(i, len_q, len_k, window_left, window_right, None, BOTTOM_RIGHT)
+    seen_k = keys_in_sight(len_q, len_k, window_right, BOTTOM_RIGHT)
+    low, high = interval(i, len_q, seen_k, window_left, window_right, None, BOTTOM_RIGHT)
     return hide(s, low, high, mask, mask_rows, None, None, i, j)
 
 

@@ -194,12 +194,12 @@ def join_kernel(
     it add up to. grid: (sequences * heads, cdiv(elements, BLOCK))."""
     b = tl.program_id(0) // heads
     head = tl.program_id(0) % heads
-    _, length = sequence(cu, b, tokens)
+    begin, length = sequence(cu, b, tokens)
     count = tl.cdiv(length, PART)
     if cu is None:  # noqa: SIM108 - both sides would have to be of one type
         tile = b * count
     else:
-        tile = (tl.load(cu + b).to(tl.int64) // PART + b).to(tl.int32)
+        tile = (begin // PART + b).to(tl.int32)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     own = tl.program_id(0).to(tl.int64) * elements + at
     running = tl.zeros((BLOCK,), tl.float32)  # without `first`, beside which the sums' own digits may be lost

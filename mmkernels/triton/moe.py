@@ -264,8 +264,7 @@ def moe_mlp(
     rows = call.new(max_slots, w_out.size(1))
     call.product(hidden, _by_rows(w_out), b_out, rows, by_token=False)
     out = call.combine(rows, weights.contiguous(), residual)
-    none = x.new_empty(0)
-    return out, none if pre is None else pre, none if pre_gate is None else pre_gate
+    return out, x.new_empty(0) if pre is None else pre, x.new_empty(0) if pre_gate is None else pre_gate
 
 
 def moe_mlp_backward(

@@ -29,6 +29,11 @@ _WARPS = {64: (1, 1), 256: (1, 2), 1024: (8, 4), MAX_CHANNELS: (16, 8)}
 _PLAIN_WARPS = {64: 1, 256: 1, 1024: 2, MAX_CHANNELS: 8}
 
 
+# What differs from call to call and makes no kernel faster, such as where the numbers of the rows begin: never a reason to
+# compile one anew.
+_SIZES = ["inner", "group_rows", "group_pieces", "mean_out", "rstd_out", "mean_in", "rstd_in"]
+
+
 @triton.jit
 def _load(pointer, offset, c, inside):
     return tl.load(pointer + offset + c, mask=inside, other=0.0).to(tl.float32)
@@ -39,7 +44,7 @@ def _store(pointer, offset, c, inside, value):
     tl.store(pointer + offset + c, value.to(pointer.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def norm_kernel(
     x, residual, gate, weight, bias, shift, scale, normed, summed, mean_out, rstd_out,
     x_outer, x_inner, residual_outer, residual_inner, gate_outer, gate_inner,
@@ -78,7 +83,7 @@ def norm_kernel(
     _store(normed, row * channels, c, inside, value)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def backward_kernel(
     grad_normed, grad_summed, normalised, x, gate, weight, scale, mean_in, rstd_in, grad_normalised, grad_x,
     sum_hat, sum_plain, sum_gate,
@@ -306,7 +311,8 @@ def norm_backward(
             BLOCK_C=block_c,
             **launch.options(*_warps("backward", block_c, gate is not None or scale is not None)),
         )
-    hat, plain = sums[:2].view(2, groups, group_pieces, channels).sum(2)
+    # Two sums and not one of both: results that become gradients as they are may not share memory.
+    hat, plain = (of.view(groups, group_pieces, channels).sum(1) for of in sums[:2])
 
     def reduced(needed: bool, like: Tensor | None, value: Tensor) -> Tensor:
         if not needed or like is None:

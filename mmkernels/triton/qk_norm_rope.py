@@ -28,6 +28,9 @@ _TILES = {64: (16, 4), 128: (8, 4), 256: (4, 4), MAX_CHANNELS: (1, 8)}
 # As the operators number them.
 _NONE, _RMS, _L2, _LAYER = (tl.constexpr(number) for number in range(4))
 
+# What differs from call to call and makes no kernel faster: never a reason to compile one anew.
+_SIZES = ["q_heads", "k_heads", "q_length", "k_length", "q_programs", "heads", "length", "tiles", "pieces"]
+
 
 @triton.jit
 def _partner(c, pairs, INTERLEAVED: tl.constexpr):
@@ -104,7 +107,7 @@ def _forward_tile(
     tl.store(out + place, value.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def qk_norm_rope_kernel(
     q, k, q_out, k_out, q_weight, k_weight, cos, sin, q_sample, q_head, q_token, k_sample, k_head, k_token,
     cos_sample, cos_token, sin_sample, sin_token, q_heads, k_heads, q_length, k_length, q_programs, channels, pairs, eps,
@@ -127,7 +130,7 @@ def qk_norm_rope_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def qk_norm_rope_backward_kernel(
     x, gradient, grad_x, weight, sums, cos, sin, x_sample, x_head, x_token, cos_sample, cos_token, sin_sample, sin_token,
     heads, length, tiles, pieces, channels, pairs, eps,

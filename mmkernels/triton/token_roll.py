@@ -8,7 +8,6 @@ gradients are sums over fixed chunks of positions, added up in a fixed order.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -26,6 +25,16 @@ MAX_CHANNELS = 4096  # a row lives in one program's registers, and in backward s
 _WARPS = {64: 1, 256: 1, 1024: 8, MAX_CHANNELS: 8}
 _ROLL_WARPS = 4
 
+# How many ranges one launch writes into a table of shifts: a kernel for each of these numbers.
+_RANGES = (4, 32)
+_TABLE_TOKENS = 256
+
+# What differs from call to call and makes no kernel faster, such as where the numbers of the rows begin: never a reason to
+# compile one anew.
+_SIZES = [
+    "fold", "direction", "frames", "tokens", "positions", "chunks", "mean_out", "rstd_out", "mean_in", "rstd_in",
+]  # fmt: skip
+
 
 @triton.jit
 def _source_row(row, token, tokens, frames, shifts, fold, direction, HAS_TABLE: tl.constexpr):
@@ -39,7 +48,21 @@ def _source_row(row, token, tokens, frames, shifts, fold, direction, HAS_TABLE: 
     return row - frame + (frame - shift + frames) % frames
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
+def table_kernel(shifts, starts, stops, moves, tokens, FIRST: tl.constexpr, RANGES: tl.constexpr, BLOCK: tl.constexpr):
+    """One program writes the shifts of BLOCK tokens: `moves` of the ranges [starts, stops), which are tuples of RANGES ints
+    each, all as `_odd` makes them; with FIRST 0 to the other tokens. Grid: (cdiv(tokens, BLOCK),)."""
+    token = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    shift = tl.zeros((BLOCK,), tl.int64)
+    named = token < (tokens if FIRST else 0)
+    for i in tl.static_range(RANGES):
+        inside = (token >= (starts[i] >> 1) - 1) & (token < (stops[i] >> 1) - 1)
+        shift = tl.where(inside, (moves[i] >> 1) - 1, shift)
+        named = named | inside
+    tl.store(shifts + token, shift, mask=named)
+
+
+@triton.jit(do_not_specialize=_SIZES)
 def roll_kernel(
     x,
     out,
@@ -70,7 +93,7 @@ def roll_kernel(
         tl.store(out + to_offset[:, None] + c[None, :], tl.load(x + from_offset[:, None] + c[None, :], mask=mask), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def norm_kernel(
     x, shifts, weight, bias, normed, rolled, mean_out, rstd_out,
     fold, direction, frames, tokens, channels, row_stride, token_stride, eps,
@@ -101,7 +124,7 @@ def norm_kernel(
     tl.store(rstd_out + position, rstd)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def backward_kernel(
     grad_normed, grad_rolled, x, shifts, weight, mean_in, rstd_in, grad_x, partial_weight, partial_bias,
     fold, direction, frames, tokens, channels, row_stride, token_stride, positions, chunks,
@@ -161,15 +184,34 @@ def _roll_blocks(channels: int) -> tuple[int, int]:
     return 1024 // block_c, block_c
 
 
-@lru_cache(maxsize=256)
-def _table(num_tokens: int, num_frames: int, flat: tuple[int, ...], inverse: bool, device: torch.device) -> Tensor:
-    """The shift of every token, modulo the frames, on the device. Made once per shape: a call with ranges of its own waits
-    for a copy the first time, and cannot be captured in a CUDA graph before that."""
-    shifts = torch.zeros(num_tokens, dtype=torch.int64, device="cpu")
-    for i in range(0, len(flat), 3):
-        start, stop, shift = flat[i : i + 3]
-        shifts[start:stop] = (-shift if inverse else shift) % num_frames
-    return shifts.to(device)
+def _odd(numbers: Sequence[int]) -> tuple[int, ...]:
+    """Odd and more than 1: of ints in a tuple Triton compiles kernels of their own for 1 and for multiples of 16."""
+    return tuple(2 * number + 3 for number in numbers)
+
+
+def _table(num_tokens: int, num_frames: int, flat: Sequence[int], inverse: bool, device: torch.device) -> Tensor:
+    """The shift of every token, modulo the frames, on the device. Made anew by every call and by a kernel: a copy from the
+    host would wait, and what is kept from call to call would be written over where it lies in the memory of a CUDA graph."""
+    shifts = torch.empty(num_tokens, dtype=torch.int64, device=device)
+    triples = [
+        (flat[i], flat[i + 1], (-flat[i + 2] if inverse else flat[i + 2]) % num_frames) for i in range(0, len(flat), 3)
+    ]
+    for first in range(0, max(1, len(triples)), _RANGES[-1]):
+        some = triples[first : first + _RANGES[-1]]
+        ranges = next(number for number in _RANGES if number >= len(some))
+        starts, stops, moves = zip(*some, *[(0, 0, 0)] * (ranges - len(some)), strict=True)
+        table_kernel[(triton.cdiv(num_tokens, _TABLE_TOKENS),)](
+            shifts,
+            starts=_odd(starts),
+            stops=_odd(stops),
+            moves=_odd(moves),
+            tokens=num_tokens,
+            FIRST=first == 0,
+            RANGES=ranges,
+            BLOCK=_TABLE_TOKENS,
+            **launch.options(_ROLL_WARPS),
+        )
+    return shifts
 
 
 def _shift_arguments(
@@ -178,7 +220,7 @@ def _shift_arguments(
     """What tells a kernel which tokens move: the system's rule by numbers, other ranges by a table."""
     if divisor > 0:
         return {"shifts": x, "fold": x.shape[1] // divisor, "direction": -1 if inverse else 1, "HAS_TABLE": False}
-    table = _table(x.shape[1], num_frames, tuple(ranges), inverse, x.device)
+    table = _table(x.shape[1], num_frames, ranges, inverse, x.device)
     return {"shifts": table, "fold": 0, "direction": 0, "HAS_TABLE": True}
 
 

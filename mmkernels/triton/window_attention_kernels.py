@@ -101,7 +101,7 @@ def _bias(table, head, position_q, position_k, visible, ROWS: tl.constexpr):
     if table is None:
         bias = tl.where(visible, 0.0, float("-inf"))
     else:
-        at = table + head * ROWS + ROWS // 2 + (position_q - position_k)
+        at = table + head.to(tl.int64) * ROWS + ROWS // 2 + (position_q - position_k)
         bias = tl.load(at, mask=visible, other=float("-inf"))
     return bias
 
