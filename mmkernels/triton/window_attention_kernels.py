@@ -162,12 +162,18 @@ def _factor(head_scale, head, scale):
 
 @triton.jit
 def _column(x):
-    return None if x is None else tl.expand_dims(x, 1)
+    along = None  # of its own: Triton 3.6 does not return an argument that is None
+    if x is not None:
+        along = tl.expand_dims(x, 1)
+    return along
 
 
 @triton.jit
 def _row(x):
-    return None if x is None else tl.expand_dims(x, 0)
+    along = None  # of its own: Triton 3.6 does not return an argument that is None
+    if x is not None:
+        along = tl.expand_dims(x, 0)
+    return along
 
 
 @triton.jit
