@@ -14,6 +14,7 @@ from support import (
     as_tuple,
     assert_same_bits,
     assert_within_rule,
+    check_autocast,
     cotangents,
     differentiable,
     draw,
@@ -328,16 +329,7 @@ def test_bad_input_raises_in_a_compiled_graph(card: Card) -> None:
 @over_samples(keep=lambda s: s.name in ("small", "float32 parameters"))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_autocast_gives_what_torch_gives(card: Card, sample: Sample, dtype: torch.dtype) -> None:
-    call = draw(sample, dtype)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        ours, theirs = as_tuple(call.of(card.function)), as_tuple(call.of(card.reference))
-        our_gradients, their_gradients = gradients(card.function, call), gradients(card.reference, call)
-    oracle, oracle_gradients = as_tuple(to_double(call).of(card.reference)), gradients(card.reference, to_double(call))
-    for a, b, truth in zip((*ours, *our_gradients), (*theirs, *their_gradients), (*oracle, *oracle_gradients), strict=True):
-        assert (a is None) == (b is None)
-        if a is not None:
-            assert a.dtype == b.dtype
-            assert_within_rule(a, b, truth, "under autocast")
+    check_autocast(card, draw(sample, dtype))
 
 
 @over_cards

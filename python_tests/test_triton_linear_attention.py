@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_triton import TARGETS, keeps_in_local_memory
+from test_triton import TARGETS, assert_no_float_atomics, keeps_in_local_memory
 from test_triton_attention import DTYPES, MATRIX, FakeDriver
 
 from mmkernels.reference.linear_attention import FEATURE_MAPS
@@ -85,6 +85,7 @@ def test_tiles_compile_and_fit(
         else:  # scalar registers may spill: they go to lanes of vector registers
             spills = re.findall(r"\.vgpr_spill_count:\s+(\d+)", kernel.asm["amdgcn"])
             assert spills and set(spills) == {"0"}, f"{name}: registers spill: {spills}"
+        assert_no_float_atomics(kernel.asm, name)
         if name in WITH_DOTS and (dtype != "fp32" or target == "gfx942"):
             assembly = kernel.asm["ptx" if target.startswith("sm_") else "amdgcn"]
             # Tiles too small for the instructions of whole warp groups take those of warps.
