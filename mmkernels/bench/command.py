@@ -42,7 +42,8 @@ def run(
 
     Raises:
         ValueError, OSError, ImportError: a mistake in the arguments, found before anything is measured.
-        ChildProcessError: the measured process broke down.
+        ChildProcessError: the measured process broke down; or an op raised in some case, after all others were measured,
+            shown and written.
     """
     chosen = _check(family, device, dtypes, case, allocator, seconds)
     before = None if compare_path is None else results.read(compare_path)
@@ -65,6 +66,8 @@ def run(
         results.write(measured, json_path)
     if plot_folder is not None:
         plots.write_plots(measured, plot_folder)
+    if measured.broken:
+        raise ChildProcessError("; ".join(f"{case} broke down: {error}" for case, error in measured.broken.items()))
     return measured
 
 
