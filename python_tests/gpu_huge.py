@@ -13,13 +13,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from gpu_jobs import Job, Options, main
+from gpu_jobs import Job, Options, cards_of, main
 from support import as_tuple, assert_same_bits, assert_within_rule, gradients, to_double
 from torch import Tensor
 
 import mmkernels as mk
 from mmkernels.bench.selection import select
-from mmkernels.cards import all_cards, card_of
+from mmkernels.cards import card_of
 from mmkernels.cards.card import BenchCase, Call
 
 BEYOND = 1 << 31
@@ -223,7 +223,10 @@ def check_permuted(options: Options) -> None:
 
 
 def huge_jobs(options: Options) -> Iterator[Job]:
+    cards = cards_of(options)
     for huge in CASES:
+        if card_of(huge.op) not in cards:
+            continue
         yield Job(" ".join(("huge", huge.op.__name__, huge.name)).strip(), partial(check_huge, huge, options))
     yield Job("huge permute_tokens", partial(check_permuted, options))
 
@@ -250,7 +253,7 @@ def check_repeats(case: BenchCase, options: Options) -> str | None:
 
 
 def repeat_jobs(options: Options) -> Iterator[Job]:
-    for _, case, dtype in select(all_cards(), device=options.device.type).cases:
+    for _, case, dtype in select(cards_of(options), device=options.device.type).cases:
         if dtype == _DTYPE and (options.device.type == "cuda" or case.name.startswith("route.")):
             yield Job(f"repeat {case.name}", partial(check_repeats, case, options))
 

@@ -23,6 +23,8 @@ from typing import Any
 import torch
 
 from mmkernels import runtime
+from mmkernels.cards import all_cards
+from mmkernels.cards.card import Card
 
 _BROKEN = 75  # exit status of a process that the GPU no longer serves
 _POLL_S = 0.2
@@ -46,6 +48,13 @@ class Options:
 
 
 Prepare = Callable[[Options], list[Job]]
+
+
+def cards_of(options: Options) -> list[Card]:
+    """Without the library, those that run otherwise than with it: they have kernels in it, or sort experts by it."""
+    by_library = {card.family for card in all_cards() if any(backend.name == "cuda" for backend in card.backends)}
+    by_library |= {"moe", "routing"}
+    return [card for card in all_cards() if options.backend != "triton" or card.family in by_library]
 
 
 def main(description: str, prepare: Prepare, *, processes: int | None = None) -> None:
@@ -118,7 +127,7 @@ def _oversee(jobs: list[Job], given: Any) -> bool:
             *("--folder", name, "--until", str(start + given.seconds)),
         ]
         running = [subprocess.Popen(command) for _ in range(min(given.processes, len(jobs)))]
-        shown = start
+        shown, restarts = start, 0
         while running:
             time.sleep(_POLL_S)
             claimed = len(list(folder.iterdir()))
@@ -128,10 +137,10 @@ def _oversee(jobs: list[Job], given: Any) -> bool:
             ended = [process for process in running if process.poll() is not None]
             running = [process for process in running if process.returncode is None]
             broken = [process for process in ended if process.returncode != 0]
-            if claimed < len(jobs) and time.time() < start + given.seconds:
+            restarts += len(broken)
+            # One that broke without a job would have another do the same.
+            if restarts <= claimed < len(jobs) and time.time() < start + given.seconds:
                 running += [subprocess.Popen(command) for _ in broken]
-            if broken and claimed == 0:
-                break  # none got as far as its first job, nor would another
         return _report(jobs, folder, time.time() - start)
 
 

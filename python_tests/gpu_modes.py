@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from gpu_graphs import captured, not_waiting
-from gpu_jobs import Job, Options, main
+from gpu_jobs import Job, Options, cards_of, main
 from support import (
     as_tuple,
     assert_same_bits,
@@ -28,7 +28,6 @@ from support import (
 from torch import Tensor
 
 import mmkernels as mk
-from mmkernels.cards import all_cards
 from mmkernels.cards.card import Call, Card, Sample
 
 DTYPE = torch.bfloat16  # what GPUs are for; the suite of gpu_suite.py holds the others
@@ -108,7 +107,7 @@ def check_graph(card: Card, sample: Sample, backward: bool, options: Options) ->
 
 
 def graph_jobs(options: Options) -> Iterator[Job]:
-    for card in all_cards():
+    for card in cards_of(options):
         for sample in card.samples:
             if not sample.full:
                 for backward in (False, True) if card.differentiable else (False,):
@@ -151,7 +150,7 @@ def check_compiled(card: Card, sample: Sample, options: Options) -> None:
 
 def compile_jobs(options: Options) -> Iterator[Job]:
     """A small sample of each card and, where the libraries are what users have, its last one that is not."""
-    for card in all_cards():
+    for card in cards_of(options):
         large = [s for s in card.samples if not s.gradcheck and not s.full and not has_nothing(s)]
         for sample in (card.samples[0], *(large[-1:] if options.backend != "triton" else ())):
             yield Job(f"compile {card.name} {sample.name}", partial(check_compiled, card, sample, options))
@@ -163,7 +162,7 @@ def has_nothing(sample: Sample) -> bool:
 
 # --- autocast -------------------------------------------------------------------------------------------------------------
 def autocast_jobs(options: Options) -> Iterator[Job]:
-    for card in all_cards():
+    for card in cards_of(options):
         for sample in card.samples:
             if sample.name in SMALL:
                 for dtype in (torch.bfloat16, torch.float32):
@@ -196,7 +195,7 @@ def check_side_stream(card: Card, sample: Sample, options: Options) -> None:
 def stream_jobs(options: Options) -> Iterator[Job]:
     if options.device.type != "cuda":
         return
-    for card in all_cards():
+    for card in cards_of(options):
         yield Job(f"stream {card.name}", partial(check_side_stream, card, card.samples[0], options))
 
 
@@ -220,7 +219,7 @@ def second_device_jobs(options: Options) -> Iterator[Job]:
         yield Job("second device", lambda: "NOT TESTED: this machine has one GPU")
         return
     second = torch.device("cuda", 1) if options.device.type == "cuda" else options.device
-    for card in all_cards():
+    for card in cards_of(options):
         yield Job(f"second device {card.name}", partial(check_second_device, card, card.samples[0], second))
 
 

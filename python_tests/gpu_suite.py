@@ -9,12 +9,11 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from gpu_jobs import Job, Options, main
+from gpu_jobs import Job, Options, cards_of, main
 from support import as_tuple, assert_same_bits, assert_within_rule, cotangents, draw, gradients, to_double
 
 import mmkernels as mk
 from mmkernels import runtime
-from mmkernels.cards import all_cards
 from mmkernels.cards.card import Card, Sample
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
@@ -53,7 +52,7 @@ def jobs(options: Options) -> list[Job]:
     return [
         Job(f"{card.name} {sample.name} {str(dtype)[6:]}", partial(check, card, sample, dtype, options))
         for dtype in DTYPES
-        for card in all_cards()
+        for card in cards_of(options)
         for sample in card.samples
         if dtype in card.dtypes
     ]

@@ -486,9 +486,17 @@ def test_a_case_that_breaks_leaves_the_others_and_is_an_error_at_the_end(monkeyp
     for allocator in ("tuned", "both"):
         made = supervisor.measure(request, allocator, lambda what: None)
         assert made.broken == error and [case.name for case in made.cases] == ["second"]
-    with pytest.raises(ChildProcessError, match="first float32 broke down: RuntimeError: out of shared memory"):
+    with pytest.raises(ChildProcessError, match="first float32: RuntimeError: out of shared memory"):
         command.run(family="token_roll", allocator="tuned", json_path=tmp_path / "run.json")
     assert results.read(tmp_path / "run.json").broken == error
+
+
+def test_cases_beyond_the_limit_are_named(monkeypatch):
+    monkeypatch.setattr(worker, "peaks", lambda device: _PEAKS)
+    request = worker.Request(seconds=1e-3, dtypes=("float32",), limit_s=0.0)
+    stream = list(worker.events(request, [_card(_case(name="late"))]))
+    assert [event["event"] for event in stream] == ["machine", "start", "peaks", "broken", "done"]
+    assert stream[-2]["case"] == "late float32" and "limit of 0 s" in stream[-2]["error"]
 
 
 def test_overhead_is_missed_above_its_limit():

@@ -72,7 +72,7 @@ def test_scripts_run_whole_on_the_cpu(script: str) -> None:
 def test_scripts_end_where_there_is_no_gpu() -> None:
     if torch.cuda.is_available():
         return
-    done = run("gpu_suite", "cuda")
+    done = run("gpu_suite", "cuda", "--seconds", "90")
     assert done.returncode == 1 and "no CUDA GPU" in done.stderr
 
 

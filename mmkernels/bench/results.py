@@ -154,7 +154,7 @@ class Results:
     peaks: Peaks
     cases: tuple[CaseResult, ...]
     overheads: tuple[OverheadResult, ...]
-    broken: Mapping[str, str] = field(default_factory=dict)  # the cases in which our own op raised, with the error
+    broken: Mapping[str, str] = field(default_factory=dict)  # the cases that have no result, and why
 
 
 # --- JSON -------------------------------------------------------------------------------------------------------------

@@ -42,6 +42,7 @@ class Request:
     seconds: float = 2.0
     seed: int = 0
     overheads: bool = True
+    limit_s: float | None = None  # no case starts later than this
 
 
 def _preemptions() -> int:
@@ -79,13 +80,18 @@ def measure_case(card: Card, case: BenchCase, dtype: torch.dtype, request: Reque
 
 def events(request: Request, cards: Sequence[Card]) -> Iterator[Event]:
     """The run as a stream: machine, peaks, then for each case or overhead what starts and what came out, and done. A case
-    in which our own op raises is broken; the others are measured all the same."""
+    in which our own op raises, or that the limit leaves no time for, is broken; the others are measured all the same."""
     chosen = select(cards, family=request.family, case=request.case, dtypes=request.dtypes, device=request.device)
     yield {"event": "machine", "machine": asdict(this_machine(request.device))}
     yield {"event": "start", "what": "peaks of this machine"}
     ceilings = peaks(request.device)
     yield {"event": "peaks", "peaks": asdict(ceilings)}
+    end = float("inf") if request.limit_s is None else time.perf_counter() + request.limit_s
     for card, case, dtype in chosen.cases:
+        if time.perf_counter() > end:
+            error = f"not measured within the limit of {request.limit_s:g} s"
+            yield {"event": "broken", "case": f"{case.name} {dtype_name(dtype)}", "error": error}
+            continue
         yield {"event": "start", "what": f"{case.name} {dtype_name(dtype)}"}
         try:
             result = measure_case(card, case, dtype, request, ceilings)
