@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -433,6 +434,7 @@ def test_tables_of_a_gpu_show_rates_replays_and_what_broke(capsys):
         assert text in shown, text
     for text in ("Rates of products", "3.33 2.67 33%", "3000 50%", "BROKEN: product.5x5 float32: RuntimeError: no shared"):
         assert text in shown, text
+    assert re.search(r"faster +TFLOP/s +GB/s", shown) and re.search(r"20\.0 +16\.0", shown)
     table.show(_results(), None, table.make_console())
     assert "TFLOP/s" not in capsys.readouterr().out
 

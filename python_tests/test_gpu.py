@@ -129,6 +129,12 @@ def test_every_card_is_in_every_mode() -> None:
             assert any(f"{name} ".startswith(f"{mode} {card.name} ") for name in names), f"{mode} {card.name}"
 
 
+def test_without_the_library_what_runs_otherwise_runs_again() -> None:
+    names = {card.name for card in gpu_jobs.cards_of(Options("triton", torch.device("cuda")))}
+    assert {"token_roll", "hash_attention", "permute_tokens", "moe_mlp", "route"} <= names and "layer_norm" not in names
+    assert gpu_jobs.cards_of(ON_CPU) == list(CARDS)
+
+
 @pytest.mark.parametrize("case", gpu_huge.CASES, ids=lambda case: f"{case.op.__name__} {case.name}".strip())
 def test_huge_inputs_pass_the_boundary(case: gpu_huge.Huge) -> None:
     """Slices hold the first element beyond, and what comes last."""
