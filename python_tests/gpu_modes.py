@@ -88,25 +88,50 @@ def check_graph(card: Card, sample: Sample, backward: bool, options: Options) ->
                 raise AssertionError("a call that asks the GPU for the longest sequence was not seen to wait for it")
         call, other = with_max_seqlen(call), with_max_seqlen(other)
 
+    compare_replay(card.function, call, other, backward, options.device)
+    return remark
+
+
+def compare_replay(function: Callable[..., Any], call: Call, other: Call, backward: bool, device: torch.device) -> None:
     static, wanted = leaves(call) if backward else (call, [])
-    upstream = cotangents(as_tuple(call.of(card.function))) if backward else []
+    upstream = cotangents(as_tuple(call.of(function))) if backward else []
 
     def run(of: Call, on: list[Tensor]) -> list[Any]:
         if not backward:
-            return list(as_tuple(of.of(card.function)))
-        outputs = differentiable(as_tuple(of.of(card.function)))
+            return list(as_tuple(of.of(function)))
+        outputs = differentiable(as_tuple(of.of(function)))
         return list(torch.autograd.grad(outputs, on, upstream, allow_unused=True))
 
     with torch.set_grad_enabled(backward):
-        replay, results = captured(lambda: run(static, wanted), options.device)
+        replay, results = captured(lambda: run(static, wanted), device)
         overwrite(static, other)
         replay()
         fresh, of_fresh = leaves(other) if backward else (other, [])
         compare_bits(results, run(fresh, of_fresh), "replayed")
-    return remark
+
+
+def experts(x: Tensor, logits: Tensor, w_in: Tensor, w_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """All that a sparse layer is made of, from the logits on: routing, the sort, both ways of running experts."""
+    routing = mk.route(logits, 2, normalize=True)
+    places = mk.dispatch(routing.expert_ids, logits.size(1))
+    rows = mk.permute_tokens(x, places)
+    return mk.moe_mlp(x, routing, w_in, w_out), mk.unpermute_tokens(rows, places, routing.weights), places.offsets
+
+
+def check_experts(backward: bool, options: Options) -> None:
+    """Nothing asks the GPU how many tokens an expert has: other logits send them elsewhere in the same graph."""
+
+    def draw_call(seed: int) -> Call:
+        g = torch.Generator().manual_seed(seed)
+        shapes = ((300, 32), (300, 8), (8, 48, 32), (8, 32, 48))
+        return Call(tuple(torch.randn(shape, generator=g).to(options.device, DTYPE) for shape in shapes))
+
+    compare_replay(experts, draw_call(0), draw_call(1), backward, options.device)
 
 
 def graph_jobs(options: Options) -> Iterator[Job]:
+    for backward in (False, True):
+        yield Job(f"graph of experts{' backward' if backward else ''}", partial(check_experts, backward, options))
     for card in cards_of(options):
         for sample in card.samples:
             if not sample.full:
