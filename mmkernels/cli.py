@@ -1,4 +1,4 @@
-"""The command line: `mmkernels info | bench | demo | swap`. Each command imports what it needs when it runs."""
+"""The command line: `mmkernels info | bench | tune | demo | swap`. Each command imports what it needs when it runs."""
 
 from __future__ import annotations
 
@@ -54,6 +54,20 @@ def bench(
         allocator=allocator,
         seconds=seconds,
     )
+
+
+@app.command()
+def tune(
+    family: Annotated[str | None, typer.Option(help="one family of ops; all of them if not given")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="float32, bfloat16 or float16; may be given again")] = None,
+    case: Annotated[str | None, typer.Option(help="only benchmark cases whose name contains this text")] = None,
+    seconds: Annotated[float, typer.Option(help="time to spend on each tile at most, in seconds")] = 60.0,
+    out: Annotated[Path | None, typer.Option(help="write this table; the user's own, which calls use, if not given")] = None,
+) -> None:
+    """Finds the best tiles of the Triton kernels for the GPU at hand and pins them in a table."""
+    from mmkernels.bench.tune import run
+
+    run(family=family, dtypes=dtype, case=case, seconds=seconds, out=out)
 
 
 @app.command()

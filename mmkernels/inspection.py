@@ -64,6 +64,7 @@ class Info:
     isas: tuple[str, ...]
     cuda_library: str
     triton: str
+    tiles: str
     build: dict[str, Any]
     ops: tuple[dict[str, Any], ...]
 
@@ -73,7 +74,7 @@ class Info:
             f"mmkernels {self.version}, Python {self.python}, torch {self.torch}, {self.platform}",
             f"CPU tier in force: {self.isa} (this processor offers {', '.join(self.isas)})",
             f"CUDA library: {self.cuda_library}",
-            f"Triton: {self.triton}",
+            f"Triton: {self.triton}; {self.tiles}",
             f"built by {build['compiler']}, torch {build['torch_headers']} headers, stable ABI of torch "
             f"{build['torch_target']}; needs {build['needs']}; wheel tag {build['platform_tag']}",
             "ops:",
@@ -82,17 +83,28 @@ class Info:
         return "\n".join(lines)
 
 
+def _tiles_in_force() -> str:
+    """Where the Triton kernels have the sizes of their tiles from."""
+    from mmkernels.triton import pinned
+
+    here = pinned.architecture()
+    if here is None:
+        return "no GPU for its kernels"
+    sources = [f"{table.path}{'' if table.made.get('measured') else ', not measured'}" for table in pinned.tables(here)]
+    return f"tiles of {here}: {''.join(f'{source}, before ' for source in sources)}the defaults"
+
+
 def info() -> Info:
     """Versions, tiers, libraries, and every op with the backends that can run on this machine."""
     from mmkernels.cards import all_cards
 
     no_gpu = None if torch.cuda.is_available() else "there is no GPU"
     missing = {"cuda": runtime.cuda_library_missing or no_gpu, "triton": runtime.triton_missing() or no_gpu}
-    triton = runtime.triton_missing()
+    triton, tiles = runtime.triton_missing(), "no kernels of it"
     if triton is None:
         import triton as triton_package
 
-        triton = triton_package.__version__
+        triton, tiles = triton_package.__version__, _tiles_in_force()
     return Info(
         version=__version__,
         python=sys.version.split()[0],
@@ -102,6 +114,7 @@ def info() -> Info:
         isas=runtime.available_isas(),
         cuda_library="in use" if runtime.cuda_library_missing is None else f"not in use: {runtime.cuda_library_missing}",
         triton=triton,
+        tiles=tiles,
         build=runtime.build_record(),
         ops=tuple(
             {

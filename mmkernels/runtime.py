@@ -2,7 +2,7 @@
 
 Environment variables, read once at import: ``MMKERNELS_ISA`` (generic, avx2, avx512, amx: force a lower tier),
 ``MMKERNELS_CUDA_LIBRARY=0`` (do not load the CUDA library; Triton serves CUDA tensors). Read at each use:
-``MMKERNELS_STRICT=1`` (a slower fallback is an error).
+``MMKERNELS_STRICT=1`` (a slower fallback is an error). ``MMKERNELS_TILES`` names a table of tiles for the Triton kernels.
 """
 
 from __future__ import annotations
@@ -142,6 +142,13 @@ if "MMKERNELS_ISA" in os.environ:
         set_isa(os.environ["MMKERNELS_ISA"])
     except ValueError as error:
         raise ValueError(f"MMKERNELS_ISA={os.environ['MMKERNELS_ISA']}: {error}") from None
+
+
+# --- what is kept between runs ------------------------------------------------------------------------------------------
+def user_folder() -> Path:
+    """Where measurements of this machine are kept: ``$XDG_CACHE_HOME/mmkernels``, ``~/.cache`` where that is not set."""
+    folder = os.environ.get("XDG_CACHE_HOME")
+    return (Path(folder) if folder else Path.home() / ".cache") / "mmkernels"
 
 
 # --- cache ------------------------------------------------------------------------------------------------------------

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_triton import TARGETS, assert_no_float_atomics, keeps_in_local_memory
-from test_triton_attention import DTYPES, MATRIX, FakeDriver
+from test_triton import TARGETS
+from test_triton_attention import DTYPES, assert_kernel_fits, compiling
 
 from mmkernels.reference.linear_attention import FEATURE_MAPS
 
@@ -58,35 +57,14 @@ def test_tiles_compile_and_fit(
     target: str, dtype: str, channels: int, causal: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """What the launches launch, compiled for a GPU that is not there: its shared memory, its registers, its instructions."""
-    import triton
-    from triton.runtime.jit import JITFunction
-
     from mmkernels.triton import linear_attention as launches
 
-    compiled = []
-    run = JITFunction.run
-
-    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        compiled.append((self.fn.__name__, run(self, *args, grid=grid, warmup=True, **kwargs)))
-
-    monkeypatch.setattr(JITFunction, "run", compile_only)
-    monkeypatch.setattr(launches, "_make", lambda: "cuda" if target.startswith("sm_") else "hip")
-    monkeypatch.setattr(triton.runtime.driver, "_active", FakeDriver(target))
+    compiled = compiling(target, monkeypatch)
     for args in calls(DTYPES[dtype], channels, causal):
         out, *final = launches.linear_attention(*args)
         launches.linear_attention_backward(out, *final, *args[:8], *final, *args[8:])
     names = {name for name, _ in compiled}
     assert names == WITH_DOTS | {"join_kernel"} | (set() if causal else {"top_kernel"})
     for name, kernel in compiled:
-        shared = kernel.metadata.shared
-        assert shared <= TARGETS[target], f"{name}: {shared} bytes of shared memory"
-        if target.startswith("sm_"):
-            assert not keeps_in_local_memory(kernel.asm["cubin"], tmp_path), f"{name}: registers spill"
-        else:  # scalar registers may spill: they go to lanes of vector registers
-            spills = re.findall(r"\.vgpr_spill_count:\s+(\d+)", kernel.asm["amdgcn"])
-            assert spills and set(spills) == {"0"}, f"{name}: registers spill: {spills}"
-        assert_no_float_atomics(kernel.asm, name)
-        if name in WITH_DOTS and (dtype != "fp32" or target == "gfx942"):
-            assembly = kernel.asm["ptx" if target.startswith("sm_") else "amdgcn"]
-            # Tiles too small for the instructions of whole warp groups take those of warps.
-            assert MATRIX[target] in assembly or "mma.sync" in assembly, f"{name}: no matrix instructions"
+        with_matrix = name in WITH_DOTS and (dtype != "fp32" or target == "gfx942")
+        assert_kernel_fits(name, kernel, target, with_matrix, tmp_path)

@@ -105,6 +105,7 @@ CASES = {
     "views": Case(sizes=(2, 2, 2), length=(33, 33), views=True),
     "views, causal": Case(length=(33, 33), views=True, window=(-1, 0), channels=(16, 16)),
     "negative scale": Case(scale=-0.4),
+    "scale of 0": Case(scale=0.0, window=(9, 0), noise=1e-6),
     "everything": Case(
         sizes=(2, 2, 1),
         length=(33, 40),

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 import triton_rounding  # noqa: F401
-from support import assert_within_rule
+from support import as_tuple, assert_within_rule
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 
 def double(args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -41,3 +42,19 @@ def compare(
         )
     print("checked", what)
     return outputs
+
+
+def assert_laid_out_as_declared(name: str, args: tuple[Any, ...], outputs: tuple[Tensor, ...], what: str) -> None:
+    """Outputs lie in memory as the operator's fake kernel says, which compiled graphs rely on, and share memory neither with
+    an argument nor with each other, which they take for granted."""
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args]
+        declared = as_tuple(getattr(torch.ops.mmkernels, name.removeprefix("mmkernels::"))(*fakes))
+    taken = {a.untyped_storage()._cdata for a in args if isinstance(a, Tensor)}
+    for i, (ours, fake) in enumerate(zip(outputs, declared, strict=True)):
+        assert ours.shape == fake.shape and ours.dtype == fake.dtype, f"{what}: output {i}: {ours.shape}, {ours.dtype}"
+        if ours.numel() > 0:  # nobody asks for the stride of a dimension of size 1
+            pairs = zip(ours.shape, ours.stride(), fake.stride(), strict=True)
+            assert all(size == 1 or got == want for size, got, want in pairs), f"{what}: output {i}: {ours.stride()}"
+        assert ours.untyped_storage()._cdata not in taken, f"{what}: output {i} shares memory"
+        taken.add(ours.untyped_storage()._cdata)

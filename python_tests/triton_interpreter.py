@@ -17,6 +17,7 @@ from support import as_tuple, draw, gradients
 from test_cards import RecordOperators
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from triton_compare import assert_laid_out_as_declared
 
 from mmkernels.cards import all_cards
 from mmkernels.ops import entry
@@ -48,6 +49,7 @@ def check(name: str, args: tuple[Any, ...], what: str) -> None:
     torch.use_deterministic_algorithms(True)  # fresh memory is then filled with NaN: nothing may stay unwritten
     outputs = as_tuple(function(*args))
     torch.use_deterministic_algorithms(False)
+    assert_laid_out_as_declared(name, args, outputs, what)
     plain, oracle = as_tuple(entry.REFERENCES[name](*args)), reference_in(torch.float64, name, args)
     for i, (ours, theirs, truth) in enumerate(zip(outputs, plain, oracle, strict=True)):
         assert ours.shape == theirs.shape and ours.dtype == theirs.dtype, f"{what}: output {i}"

@@ -58,7 +58,7 @@ class Contest:
         self.backward = case.backward
         self.cost: Cost = case.cost(call)
         # Leaves of their own, but with the strides that the case asks for: a clone would pack an expanded or sliced view.
-        self._call: Call = call.map_tensors(_as_leaf) if case.backward else call
+        self._call: Call = call.map_tensors(as_leaf) if case.backward else call
         self._leaves = [tensor for tensor in self._call.tensors() if tensor.requires_grad] if case.backward else []
         self._generator = generator
         self._gradients: dict[tuple[Any, ...], Tensor] = {}
@@ -95,14 +95,14 @@ class Contest:
         self.steps[name] = step
 
     def _backward_step(self, function: Callable[..., Any]) -> Step:
-        outputs = _differentiable(self._call.of(function))
+        outputs = differentiable(self._call.of(function))
         if not outputs:
             raise ValueError("no output of a case with backward requires a gradient")
         gradients = [self._gradient(position, output) for position, output in enumerate(outputs)]
         del outputs
 
         def step() -> None:
-            torch.autograd.backward(_differentiable(self._call.of(function)), gradients)
+            torch.autograd.backward(differentiable(self._call.of(function)), gradients)
             self._forget_gradients()
 
         return step
@@ -125,9 +125,9 @@ def one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text.splitlines()[0]}"
 
 
-def _as_leaf(tensor: Tensor) -> Tensor:
+def as_leaf(tensor: Tensor) -> Tensor:
     return tensor.detach().requires_grad_() if tensor.is_floating_point() else tensor
 
 
-def _differentiable(outputs: Any) -> list[Tensor]:
+def differentiable(outputs: Any) -> list[Tensor]:
     return [output for output in tree_leaves(outputs) if isinstance(output, Tensor) and output.requires_grad]

@@ -158,8 +158,7 @@ def measure_cuda(traffic: Sequence[int] = (*_TRAFFIC, 2048 * _MIB), matrix: int 
 
 # --- cache ------------------------------------------------------------------------------------------------------------
 def cache_file() -> Path:
-    folder = os.environ.get("XDG_CACHE_HOME")
-    return (Path(folder) if folder else Path.home() / ".cache") / "mmkernels" / "peaks.json"
+    return runtime.user_folder() / "peaks.json"
 
 
 def _key(device: str) -> str:

@@ -15,6 +15,8 @@ from mmkernels import runtime
 VECTOR_TIERS = ("generic", "avx2", "avx512")
 HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 
+MAX_PROGRAMS = 2**31 - 1  # of one launch
+
 Arguments = Mapping[str, Any]
 Reason = Callable[[Arguments], str | None]
 
@@ -121,12 +123,15 @@ def triton_kernel(family: str, name: str) -> Callable[[], Callable[..., Any]]:
 
 
 def few_channels(family: str, *, primary: str = "x") -> Reason:
-    """The reason of families whose Triton kernels hold a whole row of channels."""
+    """The reason of families whose Triton kernels hold a whole row of channels, a program a row."""
 
     def reason(arguments: Arguments) -> str | None:
         limit = importlib.import_module(f"mmkernels.triton.{family}").MAX_CHANNELS  # asked only where there is Triton
         channels = arguments[primary].size(-1)
-        return None if channels <= limit else f"{primary} has {channels} channels; the Triton kernels take {limit}"
+        if channels > limit:
+            return f"{primary} has {channels} channels; the Triton kernels take {limit}"
+        rows = arguments[primary].numel() // max(1, channels)
+        return None if rows <= MAX_PROGRAMS else f"{primary} has {rows} rows; the Triton kernels take {MAX_PROGRAMS}"
 
     return reason
 

@@ -16,7 +16,7 @@ def check_tensor(value: Any, name: str, shape: str, dtypes: tuple[torch.dtype, .
     _check_dense(value, name, shape, dtypes)
     if value.dim() != shape.count(",") + 1:
         raise ValueError(f"{name}: expected {shape}, got shape {tuple(value.shape)}")
-    _check_last_dimension(value, name)
+    check_last_dimension(value, name)
     return value
 
 
@@ -42,7 +42,7 @@ def check_rows(
 ) -> Tensor:
     """A dense tensor [..., C] of one of `dtypes`, its last dimension contiguous; `like`: of its shape, dtype and device."""
     check_tokens(value, name, "[..., C]", dtypes)
-    _check_last_dimension(value, name)
+    check_last_dimension(value, name)
     if like is not None:
         if value.shape != like.shape:
             raise ValueError(f"{name}: expected the shape of {like_name}, {tuple(like.shape)}, got {tuple(value.shape)}")
@@ -69,7 +69,7 @@ def check_vectors(value: Any, name: str, beside: Tensor, beside_name: str) -> No
             f"{name}: expected one vector a sample, [B, C] or [B, 1, C], or one a token, the shape of {beside_name}; got "
             f"{tuple(value.shape)} beside {beside_name} {tuple(shape)}"
         )
-    _check_last_dimension(value, name)
+    check_last_dimension(value, name)
 
 
 def check_parameter(value: Any, name: str, size: int, beside: Tensor, beside_name: str) -> None:
@@ -155,6 +155,6 @@ def _check_layout(value: Tensor, name: str) -> None:
         raise TypeError(f"{name}: expected a dense tensor, got {kind}")
 
 
-def _check_last_dimension(value: Tensor, name: str) -> None:
+def check_last_dimension(value: Tensor, name: str) -> None:
     if value.stride(-1) != 1 and value.size(-1) > 1 and value.numel() > 0:
         raise ValueError(f"{name}: the last dimension must be contiguous, got strides {value.stride()}; call .contiguous()")

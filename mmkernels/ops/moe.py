@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from mmkernels.ops import backends
-from mmkernels.ops.checks import check_biases, check_gradient, check_int, check_matrix, check_tokens
+from mmkernels.ops.checks import check_biases, check_gradient, check_int, check_last_dimension, check_matrix, check_tokens
 from mmkernels.ops.entry import (
     autocast_dtype,
     define,
@@ -74,6 +74,7 @@ def _check_moe(
     *_: Any,
 ) -> None:
     check_matrix(x, "x", "[T, C]", DTYPES)
+    check_last_dimension(x, "x")
     check_ids(expert_ids, "routing", "[T, K]")
     if expert_ids.shape[0] != x.shape[0]:
         raise ValueError(f"routing: expected one row for each of the {x.shape[0]} tokens, got {tuple(expert_ids.shape)}")
@@ -130,6 +131,7 @@ def _check_moe_backward(
 
 def _check_grouped(x: Any, group_ids: Any, weight: Any, packed: Tensor | None, current: Any, bias: Any) -> None:
     check_matrix(x, "x", "[T, C]", DTYPES)
+    check_last_dimension(x, "x")
     check_ids(group_ids, "group_ids", "[T]")
     if group_ids.device != x.device:
         raise ValueError(f"group_ids: expected the device of x, {x.device}, got {group_ids.device}")

@@ -125,6 +125,33 @@ def _backends(primary: str, generic_only: tuple[torch.dtype, ...]) -> tuple[back
     )
 
 
+def _named(index: Tensor, size: int) -> Tensor:
+    """-1 in place of what names none of `size`: on CUDA, torch's gathers end the process's use of the device there."""
+    return torch.where((index >= 0) & (index < size), index, -1)
+
+
+def _torch_permute(x: Tensor, order: Tensor, positions: Tensor, max_slots: int) -> Tensor:
+    return reference.permute_tokens_op(x, _named(order, order.shape[0]), positions, max_slots)
+
+
+def _torch_unpermute(rows: Tensor, order: Tensor, positions: Tensor, weights: Tensor | None) -> Tensor:
+    return reference.unpermute_tokens_op(rows, order, _named(positions, rows.shape[0]), weights)
+
+
+def _torch_unpermute_backward(
+    grad: Tensor,
+    rows: Tensor | None,
+    order: Tensor,
+    positions: Tensor,
+    weights: Tensor | None,
+    max_slots: int,
+    need_rows: bool,
+) -> tuple[Tensor, Tensor]:
+    order = _named(order, order.shape[0])
+    places = positions if rows is None else _named(positions, rows.shape[0])
+    return reference.unpermute_tokens_backward_op(grad, rows, order, places, weights, max_slots, need_rows)
+
+
 PERMUTE_BACKENDS = _backends("x", ())
 UNPERMUTE_BACKENDS = _backends("rows", (torch.float64,))
 
@@ -134,7 +161,7 @@ implement(
     "x",
     check=_check_permute,
     reference=reference.permute_tokens_op,
-    torch_formula=reference.permute_tokens_op,
+    torch_formula=_torch_permute,
 )
 implement(
     _unpermute_op,
@@ -142,7 +169,7 @@ implement(
     "rows",
     check=_check_unpermute,
     reference=reference.unpermute_tokens_op,
-    torch_formula=reference.unpermute_tokens_op,
+    torch_formula=_torch_unpermute,
 )
 implement(
     _unpermute_backward_op,
@@ -150,7 +177,7 @@ implement(
     "grad",
     check=_check_unpermute_backward,
     reference=reference.unpermute_tokens_backward_op,
-    torch_formula=reference.unpermute_tokens_backward_op,
+    torch_formula=_torch_unpermute_backward,
 )
 
 

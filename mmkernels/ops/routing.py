@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from mmkernels.ops import backends
-from mmkernels.ops.checks import check_float, check_gradient, check_int, check_matrix
+from mmkernels.ops.checks import check_float, check_gradient, check_int, check_last_dimension, check_matrix
 from mmkernels.ops.entry import define, differentiable, implement, not_differentiable, stats_dtype, wants_gradient
 from mmkernels.ops.packed_linear import DTYPES
 from mmkernels.reference import routing as reference
@@ -41,6 +41,7 @@ def _check(
     capacity: int,
 ) -> None:
     _check_logits(logits)
+    check_last_dimension(logits, "logits")
     experts = logits.size(1)
     check_int(top_k, "top_k", 1)
     if top_k > experts:
@@ -56,6 +57,7 @@ def _check(
             raise ValueError(f"selection: expected the device of logits, {logits.device}, got {selection.device}")
         if selection.shape not in ((experts,), tuple(logits.shape)):
             raise ValueError(f"selection: expected ({experts},) or {tuple(logits.shape)}, got {tuple(selection.shape)}")
+        check_last_dimension(selection, "selection")
     check_float(top_p, "top_p")
     if not 0 <= top_p <= 1:
         raise ValueError(f"top_p: expected 0 to 1, got {top_p}")
@@ -72,6 +74,7 @@ def _check(
 
 def _check_backward(grad_weights: Any, grad_sums: Any, logits: Any, expert_ids: Any, score: int, normalize: bool) -> None:
     _check_logits(logits)
+    check_last_dimension(logits, "logits")
     dtypes = (stats_dtype(logits),)
     check_gradient(grad_weights, "grad_weights", tuple(expert_ids.shape), dtypes, logits)
     check_gradient(grad_sums, "grad_sums", (2 * logits.size(1) + 2,), dtypes, logits)
@@ -79,6 +82,7 @@ def _check_backward(grad_weights: Any, grad_sums: Any, logits: Any, expert_ids: 
 
 def _check_choice(logits: Any, slots: int, capacity: int, group: int) -> None:
     _check_logits(logits)
+    check_last_dimension(logits, "logits")
     check_int(slots, "top_k", 1)
     if slots > logits.size(1):
         raise ValueError(f"top_k: expected at most as many as there are experts, {logits.size(1)}, got {slots}")

@@ -62,7 +62,9 @@ def unpermute_tokens_backward_op(
     if need_rows:
         grad_rows = permute_tokens_op(grad, order, positions, max_slots)
         if weights is not None and max_slots > 0:
-            grad_rows = (grad_rows.to(kind) * weights.flatten()[order[:max_slots], None]).to(grad.dtype)
+            of_slots = torch.where(order[:max_slots] >= 0, weights.flatten()[order[:max_slots]], 0)
+            grad_rows = (grad_rows.to(kind) * of_slots[:, None]).to(grad.dtype)
     if rows is not None:
-        grad_weights = (_and_zero(rows)[positions].to(kind) * grad[:, None].to(kind)).sum(-1)
+        dots = (_and_zero(rows)[positions].to(kind) * grad[:, None].to(kind)).sum(-1)
+        grad_weights = torch.where(positions >= 0, dots, 0)
     return grad_rows, grad_weights

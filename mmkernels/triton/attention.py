@@ -11,19 +11,20 @@ from torch import Tensor
 
 from mmkernels.reference import attention as reference
 from mmkernels.triton import attention_kernels as kernels
-from mmkernels.triton import attention_launch as launch
 from mmkernels.triton import attention_tiny as tiny
-from mmkernels.triton.attention_launch import Tile
+from mmkernels.triton import launch, pinned
+from mmkernels.triton.pinned import Tile
 
 _DECODE_ROWS = 16  # up to so many queries of one head of k, decoding kernels read its keys once for all of them
 _PART_KEYS = 256  # of which a part of the keys has at least as many
 _PARTS = 64
 _PROGRAMS = 512  # more parts than fill a GPU are no use
 _DELTA_ROWS = 16
+_LEAST_SCALE = 1e-30  # that makes the highest product the highest score; 0 would make a hidden key's -inf no number
 _TINY_TOKENS = 32  # sequences of up to so many queries and keys share a tile with others
 _TINY_LACKS = ("cu_q", "limits", "segments_q", "gate", "softcap", "threshold")  # what their kernels do not take
 
-# (BLOCK_M, BLOCK_N, warps, stages): what spills nowhere and keeps within the shared memory of the small GPUs of a make,
+# The tiles where no table pins others: what spills nowhere and keeps within the shared memory of the small GPUs of a make,
 # 99 KiB of CUDA's and 64 KiB of AMD's (python_tests/test_triton_attention.py compiles all of it). By kind of kernel, for
 # heads of up to 64, 128 and 256 channels, each for calls without and for calls with what makes them rich. Sequences that are
 # tiny have tiles for up to 64 channels.
@@ -211,6 +212,7 @@ class _Call:
             "softcap": softcap if softcap > 0 else None,
             "threshold": reference.dropout_threshold(dropout_p) if dropped else None,
             "keep_scale": 1 / (1 - dropout_p) if dropped else None,
+            "BASE2": q.dtype != torch.float32 and bias is None and softcap <= 0 and scale > _LEAST_SCALE,
             "BOTTOM_RIGHT": bottom_right,
         }
 
@@ -292,10 +294,12 @@ def _tile(kind: str, single: bool, channels: int, values: int, rich: bool) -> tu
     """(blocks, options) of a kind of kernel."""
     block_d, block_dv = launch.block(channels), launch.block(values)
     width = next(i for i, most in enumerate(_CLASSES) if most >= max(block_d, block_dv))
-    tiles = (_SINGLE if single else _HALF)[launch.make()][kind][width]
-    if width == 1 and not single and launch.make() == "cuda" and (channels % 16 or values % 16):
-        tiles = _UNALIGNED.get(kind, tiles)
-    block_m, block_n, warps, stages = tiles[rich]
+    pair = (_SINGLE if single else _HALF)[launch.make()][kind][width]
+    unaligned = width == 1 and not single and launch.make() == "cuda" and (channels % 16 != 0 or values % 16 != 0)
+    if unaligned:
+        pair = _UNALIGNED.get(kind, pair)
+    words = ("attention", kind, "single" if single else "half", _CLASSES[width], unaligned and "unaligned", rich and "rich")
+    block_m, block_n, warps, stages = pinned.tile(words, pair[rich])
     blocks = {"D": channels, "DV": values, "BLOCK_D": block_d, "BLOCK_DV": block_dv}
     return {**blocks, "BLOCK_M": block_m, "BLOCK_N": block_n}, launch.options(warps, stages)
 
@@ -417,8 +421,9 @@ def attention_backward(
         batch, heads, size_q, size_k = _four(bias).shape
         tiles_q = 1 if size_q == 1 else triton.cdiv(size_q, blocks["BLOCK_M"])
         tiles_k = 1 if size_k == 1 else triton.cdiv(size_k, blocks["BLOCK_N"])
+        natural = {name: value for name, value in call.arguments.items() if name != "BASE2"}  # with a bias scores always are
         kernels.bias_kernel[(batch * heads * tiles_q * tiles_k,)](
-            **call.arguments,
+            **natural,
             **stats,
             grad_bias=grad_bias,
             own_heads=heads,

@@ -18,8 +18,9 @@ which joins window, causality, limits and length, less those that mask and segme
 through the blocks that are wholly visible (phase 0: nothing to check) and then through the others (phase 1).
 
 No atomics: every element of every output has one program, which adds up in a fixed order. In half precision without bias
-and softcap, scores are in units of log 2 (BASE2), so that weights are powers of 2. Else they are natural: a bias may be as
-large as a float can be, and in float32 the rounding of one more factor shows.
+and softcap, and with a positive scale, weights are powers of 2 (BASE2), and scores stay the products that they were, whose
+order the scale does not change. Else they are natural: a bias may be as large as a float can be, and in float32 the rounding
+of one more factor shows.
 """
 
 from __future__ import annotations
@@ -28,12 +29,14 @@ import triton
 import triton.language as tl
 
 from mmkernels.triton.attention_parts import (
+    LOG2E,
     address,
     dropout_factor,
     dropout_rows_of,
     hide,
     interval,
     key_blocks,
+    keys_in_sight,
     load_rows,
     lse_of,
     per_token,
@@ -64,8 +67,8 @@ def forward_kernel(
     q, k, v, out, lse, bias, mask, limits, segments_q, segments_k, gate, cu_q, cu_k, seed,
     tiles, sequences, heads, group, len_q, len_k, window_left, window_right, scale, softcap, threshold, keep_scale,
     split_rows,
-    BOTTOM_RIGHT: tl.constexpr, DECODE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BASE2: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, DECODE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program attends for BLOCK_M queries of one head of q; grid: (heads * tiles, 1).
 
@@ -73,11 +76,13 @@ def forward_kernel(
     keys; grid: (heads of k * tiles, parts). Part n writes out and lse `n * split_rows` rows further on.
     """
     EXACT: tl.constexpr = q[0].dtype.element_ty == tl.float32
-    BASE2: tl.constexpr = bias is None and softcap is None and not EXACT
+    unit = scale * LOG2E
     FREE: tl.constexpr = mask is None and segments_q is None
     owner = tl.program_id(0) // tiles
     fold = group if DECODE else 1
     b, first_row = place(tl.program_id(0) % tiles, cu_q, sequences, len_q, fold, BLOCK_M)
+    if cu_q is None:  # the last queries first: of causal ones they take longest, and should not be what all wait for
+        first_row = (tl.cdiv(len_q * fold, BLOCK_M) - 1) * BLOCK_M - first_row
     begin_q, len_q = sequence(cu_q, b, len_q)
     begin_k, len_k = sequence(cu_k, b, len_k)
     if cu_q is not None:  # noqa: SIM102 - Triton evaluates both sides of an `and`
@@ -87,7 +92,7 @@ def forward_kernel(
     inside = row < len_q * fold
     if DECODE:
         i = row % len_q
-        head = owner * group + row // len_q
+        head = owner * group + tl.minimum(row // len_q, group - 1)  # scores are read wherever head says
         kv_head = owner
     else:
         i = row
@@ -103,9 +108,12 @@ def forward_kernel(
     low, high = interval(i[:, None], len_q, len_k, window_left, window_right, limit, BOTTOM_RIGHT)
     begin, whole, whole_end, end = key_blocks(low, high, inside[:, None], len_k, BLOCK_N)
     if DECODE:
-        blocks = end - begin
-        end = begin + blocks * (tl.program_id(1) + 1) // tl.num_programs(1)
-        begin += blocks * tl.program_id(1) // tl.num_programs(1)
+        # blocks * part // parts, where the product may be more than an int32 counts.
+        blocks = (end - begin) // tl.num_programs(1)
+        others = (end - begin) % tl.num_programs(1)
+        part = tl.program_id(1)
+        end = begin + blocks * (part + 1) + others * (part + 1) // tl.num_programs(1)
+        begin += blocks * part + others * part // tl.num_programs(1)
         whole = tl.minimum(tl.maximum(whole, begin), end)
         whole_end = tl.minimum(tl.maximum(whole_end, whole), end)
     whole_blocks = whole_end - whole
@@ -132,7 +140,7 @@ def forward_kernel(
             if phase == 1:
                 segment_k = per_token(segments_k, b, 0, begin_k + j, j < len_k, 0)
                 s = hide(s, low, high, mask, mask_rows, segment_q, segment_k, i[:, None], j[None, :])
-            p, rescale, top, total = softmax_step(s, top, total, BASE2)
+            p, rescale, top, total = softmax_step(s, top, total, unit, BASE2)
             if threshold is not None:
                 p *= dropout_factor(dropout_rows, j[None, :], threshold, keep_scale)
             if gate is not None:
@@ -140,7 +148,7 @@ def forward_kernel(
                 p *= factor.to(tl.float32)[None, :]
             values = load_rows(v_rows + start.to(tl.int64) * v[3], j < len_k, DV, BLOCK_DV, phase == 1)
             acc = tl.dot(p.to(values.dtype), values, acc * rescale[:, None], input_precision="ieee")
-    acc, of_rows = softmax_end(acc, top, total, BASE2)
+    acc, of_rows = softmax_end(acc, top, total, unit, BASE2)
     part = 0
     if DECODE:
         part = tl.program_id(1).to(tl.int64) * split_rows
@@ -158,15 +166,16 @@ def combine_kernel(parts_out, parts_lse, out, lse, middle, inner, rows, parts, D
     row = tl.program_id(0).to(tl.int64)
     top = tl.full((), float("-inf"), tl.float32)
     for part in range(parts):
-        top = tl.maximum(top, tl.load(parts_lse + part * rows + row))
+        top = tl.maximum(top, tl.load(parts_lse + tl.cast(part, tl.int64) * rows + row))
     base = tl.where(top == float("-inf"), 0.0, top)
     e = tl.arange(0, BLOCK_DV)
     total = tl.full((), 0.0, tl.float32)
     acc = tl.zeros((BLOCK_DV,), tl.float32)
     for part in range(parts):
-        weight = tl.exp(tl.load(parts_lse + part * rows + row) - base)
+        from_row = tl.cast(part, tl.int64) * rows + row
+        weight = tl.exp(tl.load(parts_lse + from_row) - base)
         total += weight
-        acc += weight * tl.load(parts_out + (part * rows + row) * DV + e, mask=e < DV, other=0.0)
+        acc += weight * tl.load(parts_out + from_row * DV + e, mask=e < DV, other=0.0)
     at = address(out, row // inner // middle, row // inner % middle, row % inner)
     seen_any = total != 0.0
     total = tl.where(seen_any, total, 1.0)
@@ -197,8 +206,8 @@ def queries_kernel(
     grad_out, grad_lse, q, k, v, lse, norm, delta, grad_q,
     bias, mask, limits, segments_q, segments_k, gate, cu_q, cu_k, seed,
     tiles, sequences, heads, group, len_q, len_k, window_left, window_right, scale, softcap, threshold, keep_scale,
-    STATS: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    STATS: tl.constexpr, BASE2: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program adds up grad_q of BLOCK_M queries of one head over the keys; grid: (heads * tiles,).
 
@@ -207,10 +216,12 @@ def queries_kernel(
     so large that its rounding shows there (FAR); elsewhere norm is 1 and delta what it was.
     """
     EXACT: tl.constexpr = q[0].dtype.element_ty == tl.float32
-    BASE2: tl.constexpr = bias is None and softcap is None and not EXACT
+    unit = scale * LOG2E
     head = tl.program_id(0) // tiles
     kv_head = head // group
     b, first_row = place(tl.program_id(0) % tiles, cu_q, sequences, len_q, 1, BLOCK_M)
+    if cu_q is None:  # as in forward_kernel
+        first_row = (tl.cdiv(len_q, BLOCK_M) - 1) * BLOCK_M - first_row
     begin_q, len_q = sequence(cu_q, b, len_q)
     begin_k, len_k = sequence(cu_k, b, len_k)
     if cu_q is not None:  # noqa: SIM102 - Triton evaluates both sides of an `and`
@@ -252,7 +263,7 @@ def queries_kernel(
         s, slope = scores_of(products, scale, softcap, bias, bias_rows, i[:, None], j[None, :], EXACT, BASE2)
         segment_k = per_token(segments_k, b, 0, begin_k + j, j < len_k, 0)
         s = hide(s, low, high, mask, mask_rows, segment_q, segment_k, i[:, None], j[None, :])
-        p = weights_of(s, of_rows, None if STATS else norm_rows, BASE2)
+        p = weights_of(s, of_rows, None if STATS else norm_rows, unit, BASE2)
         dp = tl.dot(upstream, tl.trans(values), input_precision="ieee")
         if gate is not None:
             factor = tl.load(address(gate, b, kv_head, begin_k + j), mask=j < len_k, other=0.0)
@@ -285,13 +296,13 @@ def keys_kernel(
     grad_out, q, k, v, lse, norm, delta, grad_k, grad_v, grad_gate,
     bias, mask, limits, segments_q, segments_k, gate, cu_q, cu_k, seed,
     tiles, sequences, heads, group, len_q, len_k, window_left, window_right, scale, softcap, threshold, keep_scale,
-    BOTTOM_RIGHT: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BASE2: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program adds up grad_k, grad_v and grad_gate of BLOCK_N keys of one head of k, over the heads of its group and
     their queries; grid: (heads of k * tiles,). Its tiles of scores are transposed, keys before queries."""
     EXACT: tl.constexpr = q[0].dtype.element_ty == tl.float32
-    BASE2: tl.constexpr = bias is None and softcap is None and not EXACT
+    unit = scale * LOG2E
     kv_head = tl.program_id(0) // tiles
     b, first_row = place(tl.program_id(0) % tiles, cu_k, sequences, len_k, 1, BLOCK_N)
     begin_q, len_q = sequence(cu_q, b, len_q)
@@ -309,6 +320,7 @@ def keys_kernel(
         first_row, tl.minimum(first_row + BLOCK_N, len_k) - 1, len_q, len_k, window_left, window_right, BOTTOM_RIGHT, BLOCK_M
     )
 
+    seen_k = keys_in_sight(len_q, len_k, window_right, BOTTOM_RIGHT)
     own_k = load_rows(address(k, b, kv_head, begin_k + j), inside, D, BLOCK_D, True)
     own_v = load_rows(address(v, b, kv_head, begin_k + j), inside, DV, BLOCK_DV, True)
     ii = tl.arange(0, BLOCK_M)
@@ -334,9 +346,9 @@ def keys_kernel(
             limit = per_token(limits, b, 0, begin_q + i, exists, 0)
             segment_q = per_token(segments_q, b, 0, begin_q + i, exists, 0)
             mask_rows = score_rows(mask, b, head, i, 0)
-            low, high = interval(i[None, :], len_q, len_k, window_left, window_right, limit, BOTTOM_RIGHT)
+            low, high = interval(i[None, :], len_q, seen_k, window_left, window_right, limit, BOTTOM_RIGHT)
             s = hide(s, low, high, mask, mask_rows, segment_q, segment_k, i[None, :], j[:, None])
-            p = weights_of(s, of_rows, norm_rows, BASE2)
+            p = weights_of(s, of_rows, norm_rows, unit, BASE2)
             kept = p
             dp = tl.dot(own_v, tl.trans(upstream), input_precision="ieee")
             if threshold is not None:
@@ -390,38 +402,40 @@ def bias_kernel(
     for b in range(own_b, own_b + sum_batch):
         begin_q, len_q = sequence(cu_q, b, all_q)
         begin_k, len_k = sequence(cu_k, b, all_k)
+        seen_k = keys_in_sight(len_q, len_k, window_right, BOTTOM_RIGHT)
         q_blocks = tl.cdiv(len_q, BLOCK_M) if SUM_Q else 1
         k_blocks = tl.cdiv(len_k, BLOCK_N) if SUM_K else 1
         for head in range(own_head, own_head + sum_heads):
             kv_head = head // group
-            for block in range(q_blocks * k_blocks):
-                i = (q_tile + block // k_blocks) * BLOCK_M + ii
-                j = (k_tile + block % k_blocks) * BLOCK_N + jj
-                inside = i < len_q
-                queries = scaled(load_rows(address(q, b, head, begin_q + i), inside, D, BLOCK_D, True), scale, EXACT)
-                upstream = load_rows(address(grad_out, b, head, begin_q + i), inside, DV, BLOCK_DV, True)
-                keys = load_rows(address(k, b, kv_head, begin_k + j), j < len_k, D, BLOCK_D, True)
-                values = load_rows(address(v, b, kv_head, begin_k + j), j < len_k, DV, BLOCK_DV, True)
-                of_rows = lse_of(lse, b, head, begin_q + i, inside, 1, False)
-                norm_rows = per_token(norm, b, head, begin_q + i, inside, 1)
-                centre = per_token(delta, b, head, begin_q + i, inside, 1)
-                limit = per_token(limits, b, 0, begin_q + i, inside, 1)
-                segment_q = per_token(segments_q, b, 0, begin_q + i, inside, 1)
-                segment_k = per_token(segments_k, b, 0, begin_k + j, j < len_k, 0)
-                bias_rows = score_rows(bias, b, head, i, 1)
-                mask_rows = score_rows(mask, b, head, i, 1)
-                low, high = interval(i[:, None], len_q, len_k, window_left, window_right, limit, BOTTOM_RIGHT)
-                products = tl.dot(queries, tl.trans(keys), input_precision="ieee")
-                s, _ = scores_of(products, scale, softcap, bias, bias_rows, i[:, None], j[None, :], EXACT, False)
-                s = hide(s, low, high, mask, mask_rows, segment_q, segment_k, i[:, None], j[None, :])
-                dp = tl.dot(upstream, tl.trans(values), input_precision="ieee")
-                if gate is not None:
-                    factor = tl.load(address(gate, b, kv_head, begin_k + j), mask=j < len_k, other=0.0)
-                    dp *= factor.to(tl.float32)[None, :]
-                if threshold is not None:
-                    dropout_rows = dropout_rows_of(seed, b * heads + head, i)[:, None]
-                    dp *= dropout_factor(dropout_rows, j[None, :], threshold, keep_scale)
-                acc += weights_of(s, of_rows, norm_rows, False) * (dp - centre)
+            for q_block in range(q_blocks):
+                for k_block in range(k_blocks):
+                    i = (q_tile + q_block) * BLOCK_M + ii
+                    j = (k_tile + k_block) * BLOCK_N + jj
+                    inside = i < len_q
+                    queries = scaled(load_rows(address(q, b, head, begin_q + i), inside, D, BLOCK_D, True), scale, EXACT)
+                    upstream = load_rows(address(grad_out, b, head, begin_q + i), inside, DV, BLOCK_DV, True)
+                    keys = load_rows(address(k, b, kv_head, begin_k + j), j < len_k, D, BLOCK_D, True)
+                    values = load_rows(address(v, b, kv_head, begin_k + j), j < len_k, DV, BLOCK_DV, True)
+                    of_rows = lse_of(lse, b, head, begin_q + i, inside, 1, False)
+                    norm_rows = per_token(norm, b, head, begin_q + i, inside, 1)
+                    centre = per_token(delta, b, head, begin_q + i, inside, 1)
+                    limit = per_token(limits, b, 0, begin_q + i, inside, 1)
+                    segment_q = per_token(segments_q, b, 0, begin_q + i, inside, 1)
+                    segment_k = per_token(segments_k, b, 0, begin_k + j, j < len_k, 0)
+                    bias_rows = score_rows(bias, b, head, i, 1)
+                    mask_rows = score_rows(mask, b, head, i, 1)
+                    low, high = interval(i[:, None], len_q, seen_k, window_left, window_right, limit, BOTTOM_RIGHT)
+                    products = tl.dot(queries, tl.trans(keys), input_precision="ieee")
+                    s, _ = scores_of(products, scale, softcap, bias, bias_rows, i[:, None], j[None, :], EXACT, False)
+                    s = hide(s, low, high, mask, mask_rows, segment_q, segment_k, i[:, None], j[None, :])
+                    dp = tl.dot(upstream, tl.trans(values), input_precision="ieee")
+                    if gate is not None:
+                        factor = tl.load(address(gate, b, kv_head, begin_k + j), mask=j < len_k, other=0.0)
+                        dp *= factor.to(tl.float32)[None, :]
+                    if threshold is not None:
+                        dropout_rows = dropout_rows_of(seed, b * heads + head, i)[:, None]
+                        dp *= dropout_factor(dropout_rows, j[None, :], threshold, keep_scale)
+                    acc += weights_of(s, of_rows, norm_rows, None, False) * (dp - centre)
     i = q_tile * BLOCK_M + ii
     j = k_tile * BLOCK_N + jj
     grad = grad_bias + (own_b.to(tl.int64) * own_heads + own_head) * size_q * size_k

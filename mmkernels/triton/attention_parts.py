@@ -123,6 +123,16 @@ def interval(i, len_q, len_k, window_left, window_right, limit, BOTTOM_RIGHT: tl
 
 
 @triton.jit
+def keys_in_sight(len_q, len_k, window_right, BOTTOM_RIGHT: tl.constexpr):
+    """As many keys as the last query may see: `len_k` for the interval of queries some of which do not exist, where sums go
+    over these too. Further on they would meet keys that nobody sees, and make NaN of 0 times what is infinite there."""
+    seen = len_k
+    if not BOTTOM_RIGHT and window_right is not None:
+        seen = tl.minimum(tl.cast(len_q, tl.int64) + window_right, len_k).to(len_k.dtype)
+    return seen
+
+
+@triton.jit
 def key_blocks(low, high, inside, len_k, BLOCK: tl.constexpr):
     """Blocks of keys (begin, whole, whole_end, end): queries with these intervals see keys from `begin` on and before `end`,
     and all of those in [whole, whole_end)."""
@@ -160,8 +170,10 @@ def _tanh(x):
 
 
 @triton.jit
-def exponential(x, BASE2: tl.constexpr):
-    return tl.exp2(x) if BASE2 else tl.exp(x)
+def power(scores, base, unit, BASE2: tl.constexpr):
+    """exp(scores - base), where with BASE2 scores are products yet, of which one is `unit` of log 2, as base is counted: a
+    fused multiply-add and an exp2."""
+    return tl.exp2(tl.fma(scores, unit, -base)) if BASE2 else tl.exp(scores - base)
 
 
 @triton.jit
@@ -175,14 +187,9 @@ def scaled(queries, scale, EXACT: tl.constexpr):
 
 @triton.jit
 def scores_of(products, scale, softcap, bias, bias_rows, i, j, EXACT: tl.constexpr, BASE2: tl.constexpr):
-    """(scores, their derivative by scale * products)."""
+    """(scores, their derivative by scale * products); with BASE2 the products as they are, see `power`."""
     slope = 1.0
-    if EXACT:
-        scores = products
-    elif BASE2:
-        scores = products * (scale * LOG2E)
-    else:
-        scores = products * scale
+    scores = products if EXACT or BASE2 else products * scale
     if softcap is not None:
         capped = _tanh(scores / softcap)
         scores = softcap * capped
@@ -230,24 +237,26 @@ def dropout_factor(dropout_rows, j, threshold, keep_scale):
 
 # --- softmax ------------------------------------------------------------------------------------------------------------
 @triton.jit
-def softmax_step(scores, top, total, BASE2: tl.constexpr):
+def softmax_step(scores, top, total, unit, BASE2: tl.constexpr):
     """(weights, what earlier sums of weights are multiplied with, top, total) after a block of keys more: weights are by
     the highest score so far, `top`, and `total` adds them up."""
     new_top = tl.maximum(top, tl.max(scores, 1))
     base = tl.where(new_top == float("-inf"), 0.0, new_top)
-    p = exponential(scores - base[:, None], BASE2)
-    rescale = exponential(top - base, BASE2)
+    if BASE2:
+        base *= unit
+    p = power(scores, base[:, None], unit, BASE2)
+    rescale = power(top, base, unit, BASE2)
     return p, rescale, new_top, total * rescale + tl.sum(p, 1)
 
 
 @triton.jit
-def softmax_end(acc, top, total, BASE2: tl.constexpr):
+def softmax_end(acc, top, total, unit, BASE2: tl.constexpr):
     """(acc / total, lse) of rows after their last block; 0 and -inf where they have seen nothing."""
     if BASE2:
-        top *= LN2
+        top *= unit * LN2
     seen_any = total != 0.0
     total = tl.where(seen_any, total, 1.0)
-    return acc / total[:, None], tl.where(seen_any, top + tl.log(total), float("-inf"))
+    return acc * (1.0 / total)[:, None], tl.where(seen_any, top + tl.log(total), float("-inf"))
 
 
 @triton.jit
@@ -261,8 +270,8 @@ def lse_of(lse, b, head, token, inside, AXIS: tl.constexpr, BASE2: tl.constexpr)
 
 
 @triton.jit
-def weights_of(scores, of_rows, norm, BASE2: tl.constexpr):
-    p = exponential(scores - of_rows, BASE2)
+def weights_of(scores, of_rows, norm, unit, BASE2: tl.constexpr):
+    p = power(scores, of_rows, unit, BASE2)
     if norm is not None:
         p *= norm
     return p

@@ -12,9 +12,11 @@ import triton
 import triton.language as tl
 
 from mmkernels.triton.attention_parts import (
+    LOG2E,
     address,
     hide,
     interval,
+    keys_in_sight,
     load_rows,
     lse_of,
     scaled,
@@ -27,7 +29,10 @@ from mmkernels.triton.attention_parts import (
 )
 
 # Of what all kernels of a call are given, what those here take.
-SHARED = ("q", "k", "v", "bias", "mask", "heads", "len_q", "len_k", "window_left", "window_right", "scale", "BOTTOM_RIGHT")
+SHARED = (
+    "q", "k", "v", "bias", "mask", "heads", "len_q", "len_k", "window_left", "window_right", "scale",
+    "BASE2", "BOTTOM_RIGHT",
+)  # fmt: skip
 _SIZES = ["pairs", "heads", "len_q", "len_k", "window_left", "window_right"]
 
 
@@ -36,11 +41,14 @@ def _rows_of(pairs, heads, tokens, PAIRS: tl.constexpr, SLOT: tl.constexpr):
     """(b, head, token, is one) of the rows of a tile. Where there is no pair, b and head are those of the last one: scores
     are read wherever b and head say."""
     row = tl.arange(0, PAIRS * SLOT)
-    pair = tl.program_id(0) * PAIRS + row // SLOT
+    # There may be more pairs than an int32 counts: they are counted from the tile's first one, and the division of that is
+    # of scalars.
+    first = tl.program_id(0).to(tl.int64) * PAIRS
+    here = tl.minimum(pairs - first, PAIRS).to(tl.int32)
     token = row % SLOT
-    inside = (pair < pairs) & (token < tokens)
-    pair = tl.minimum(pair, pairs - 1)
-    return pair // heads, pair % heads, token, inside
+    inside = (row // SLOT < here) & (token < tokens)
+    head = (first % heads).to(tl.int32) + tl.minimum(row // SLOT, here - 1)
+    return first // heads + head // heads, head % heads, token, inside
 
 
 @triton.jit
@@ -82,19 +90,20 @@ def _scores(
     j = tl.arange(0, SLOT_K)[None, :]
     products = _product_by_rows(queries, keys, PAIRS)
     s, _ = scores_of(products, scale, None, bias, bias_rows, i, j, EXACT, BASE2)
-    low, high = interval(i, len_q, len_k, window_left, window_right, None, BOTTOM_RIGHT)
+    seen_k = keys_in_sight(len_q, len_k, window_right, BOTTOM_RIGHT)
+    low, high = interval(i, len_q, seen_k, window_left, window_right, None, BOTTOM_RIGHT)
     return hide(s, low, high, mask, mask_rows, None, None, i, j)
 
 
 @triton.jit(do_not_specialize=_SIZES)
 def tiny_forward_kernel(
     q, k, v, out, lse, bias, mask, pairs, heads, len_q, len_k, window_left, window_right, scale,
-    BOTTOM_RIGHT: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    PAIRS: tl.constexpr, SLOT_Q: tl.constexpr, SLOT_K: tl.constexpr,
+    BASE2: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, PAIRS: tl.constexpr, SLOT_Q: tl.constexpr, SLOT_K: tl.constexpr,
 ):  # fmt: skip
     """One program attends for PAIRS pairs; grid: (cdiv(pairs, PAIRS),)."""
     EXACT: tl.constexpr = q[0].dtype.element_ty == tl.float32
-    BASE2: tl.constexpr = bias is None and not EXACT
+    unit = scale * LOG2E
     b, head, i, inside = _rows_of(pairs, heads, len_q, PAIRS, SLOT_Q)
     b_of_key, head_of_key, j, exists = _rows_of(pairs, heads, len_k, PAIRS, SLOT_K)
     queries = scaled(load_rows(address(q, b, head, i), inside, D, BLOCK_D, True), scale, EXACT)
@@ -106,8 +115,8 @@ def tiny_forward_kernel(
     )  # fmt: skip
     top = tl.full((PAIRS * SLOT_Q,), float("-inf"), tl.float32)
     total = tl.zeros((PAIRS * SLOT_Q,), tl.float32)
-    p, _, top, total = softmax_step(s, top, total, BASE2)
-    acc, of_rows = softmax_end(_product(p.to(values.dtype), values, PAIRS), top, total, BASE2)
+    p, _, top, total = softmax_step(s, top, total, unit, BASE2)
+    acc, of_rows = softmax_end(_product(p.to(values.dtype), values, PAIRS), top, total, unit, BASE2)
     store_rows(address(out, b, head, i), inside, acc, out[0].dtype.element_ty, DV, BLOCK_DV)
     tl.store(address(lse, b, head, i), of_rows, mask=inside)
 
@@ -116,13 +125,13 @@ def tiny_forward_kernel(
 def tiny_backward_kernel(
     grad_out, grad_lse, q, k, v, lse, norm, delta, grad_q, grad_k, grad_v, bias, mask,
     pairs, heads, len_q, len_k, window_left, window_right, scale,
-    BOTTOM_RIGHT: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    PAIRS: tl.constexpr, SLOT_Q: tl.constexpr, SLOT_K: tl.constexpr,
+    BASE2: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, PAIRS: tl.constexpr, SLOT_Q: tl.constexpr, SLOT_K: tl.constexpr,
 ):  # fmt: skip
     """One program goes back through PAIRS pairs; grid: (cdiv(pairs, PAIRS),). It leaves norm and delta, what queries_kernel
     has them be, where they are not None."""
     EXACT: tl.constexpr = q[0].dtype.element_ty == tl.float32
-    BASE2: tl.constexpr = bias is None and not EXACT
+    unit = scale * LOG2E
     b, head, i, inside = _rows_of(pairs, heads, len_q, PAIRS, SLOT_Q)
     b_of_key, head_of_key, j, exists = _rows_of(pairs, heads, len_k, PAIRS, SLOT_K)
     queries = scaled(load_rows(address(q, b, head, i), inside, D, BLOCK_D, True), scale, EXACT)
@@ -133,7 +142,7 @@ def tiny_backward_kernel(
         queries, keys, bias, mask, b, head, i, len_q, len_k, window_left, window_right, scale, BOTTOM_RIGHT, EXACT, BASE2,
         PAIRS, SLOT_K,
     )  # fmt: skip
-    p = weights_of(s, lse_of(lse, b, head, i, inside, 1, BASE2), None, BASE2)
+    p = weights_of(s, lse_of(lse, b, head, i, inside, 1, BASE2), None, unit, BASE2)
     total = tl.sum(p, 1)
     of_norm = 1.0 / tl.where(total == 0.0, 1.0, total)
     p *= of_norm[:, None]

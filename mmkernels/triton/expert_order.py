@@ -14,11 +14,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmkernels.triton import launch
+
 CHUNK = 1024
 _MOST_BINS = 1024
 _BLOCK_C, _BLOCK_E = 32, 128
 _BLOCK_I, _BLOCK_J = 128, 32
-_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+_OPTIONS = launch.options(4)
+
+# What differs from call to call and makes no kernel faster: never a reason to compile one anew.
+_SIZES = ["slots", "experts", "chunks"]
 
 
 @triton.jit
@@ -28,7 +33,7 @@ def _keys(ids, i, slots, experts):
     return tl.where((key >= 0) & (key < experts), key, experts).to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def count_kernel(ids, table, slots, experts, CHUNK: tl.constexpr, BINS: tl.constexpr):
     """One program counts the slots of one chunk that go to BINS experts; grid: (cdiv(slots, CHUNK), cdiv(experts + 1,
     BINS))."""
@@ -42,7 +47,7 @@ def count_kernel(ids, table, slots, experts, CHUNK: tl.constexpr, BINS: tl.const
     tl.store(table + chunk * (experts + 1) + e, counts, mask=e <= experts)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def scan_kernel(table, offsets, chunks, experts, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr):
     """Sums over the chunks before each, and over the experts before each; grid: (1,)."""
     ee = tl.arange(0, BLOCK_E)
@@ -63,7 +68,7 @@ def scan_kernel(table, offsets, chunks, experts, BLOCK_C: tl.constexpr, BLOCK_E:
         before += tl.sum(totals)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def scatter_kernel(
     ids, table, offsets, order, positions, slots, experts,
     NAME_UNUSED: tl.constexpr, CHUNK: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,

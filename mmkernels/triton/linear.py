@@ -15,12 +15,13 @@ import triton.language as tl
 from torch import Tensor
 
 from mmkernels.reference import linear as reference
+from mmkernels.triton import launch
 
 BLOCK = 1024
 _OF_W_OUT = 1 << reference.MLP_GRADIENTS.index("w_out")
 
-# No fused multiply-adds of the compiler's choosing: backward then makes the very hidden activations that forward made.
-_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+# Without fused multiply-adds, backward makes the very hidden activations that forward made.
+_OPTIONS = launch.options(4)
 
 
 @triton.jit

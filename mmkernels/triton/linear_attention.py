@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmkernels.reference.linear_attention import SOFTMAX
+from mmkernels.triton import launch, pinned
 from mmkernels.triton.attention_parts import address, load_rows, place, sequence, store_rows
 
 IS_SOFTMAX = tl.constexpr(SOFTMAX)
@@ -193,12 +194,12 @@ def join_kernel(
     it add up to. grid: (sequences * heads, cdiv(elements, BLOCK))."""
     b = tl.program_id(0) // heads
     head = tl.program_id(0) % heads
-    _, length = sequence(cu, b, tokens)
+    begin, length = sequence(cu, b, tokens)
     count = tl.cdiv(length, PART)
     if cu is None:  # noqa: SIM108 - both sides would have to be of one type
         tile = b * count
     else:
-        tile = (tl.load(cu + b).to(tl.int64) // PART + b).to(tl.int32)
+        tile = (begin // PART + b).to(tl.int32)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     own = tl.program_id(0).to(tl.int64) * elements + at
     running = tl.zeros((BLOCK,), tl.float32)  # without `first`, beside which the sums' own digits may be lost
@@ -326,11 +327,24 @@ def keys_backward_kernel(
     x, f = key_rows(k, shift, b, owner, heads, begin + row, counts, MAP, D, BLOCK_D)
     state = (tile if CAUSAL else b) * heads + owner
     of_keys = tl.zeros((BLOCK, BLOCK_D), tl.float32) + load_sums(z, state, D, BLOCK_D)[None, :]
+    # Some channels of v after the other: for the two products of a whole state small GPUs have no shared memory, and LLVM
+    # fails on them in float32.
+    ee = tl.arange(0, BLOCK_E)
+    d = tl.arange(0, BLOCK_D)
+    for first in range(0, DV, BLOCK_E):
+        e = first + ee
+        here = inside[:, None] & (e < DV)[None, :]
+        some = tl.load(address(v, b, owner, begin + row)[:, None] + e[None, :], mask=here, other=0.0)
+        at = s + state.to(tl.int64) * D * DV + d[:, None] * DV + e[None, :]
+        of_state = tl.load(at, mask=(d < D)[:, None] & (e < DV)[None, :], other=0.0).to(f.dtype)
+        of_keys = tl.dot(some, tl.trans(of_state), of_keys, input_precision="ieee")
+        if not CAUSAL:
+            of_some = tl.dot(f, of_state, input_precision="ieee").to(grad_v[0].dtype.element_ty)
+            tl.store(address(grad_v, b, owner, begin + row)[:, None] + e[None, :], of_some, mask=here)
     if CAUSAL:
         values = load_rows(address(v, b, owner, begin + row), inside, DV, BLOCK_DV, True)
-        of_state = load_state(s, state, D, DV, BLOCK_D, BLOCK_DV).to(f.dtype)
-        of_keys = tl.dot(values, tl.trans(of_state), of_keys, input_precision="ieee")
-        of_values = tl.dot(f, of_state, input_precision="ieee")
+        whole = load_state(s, state, D, DV, BLOCK_D, BLOCK_DV).to(f.dtype)
+        of_values = tl.dot(f, whole, input_precision="ieee")
         sees = row[:, None] >= row[None, :]
         for n in range(group):
             head = owner * group + n
@@ -345,18 +359,6 @@ def keys_backward_kernel(
             of_keys = tl.dot(tl.trans(slopes), h, of_keys, input_precision="ieee")
             of_values = tl.dot(tl.trans(scores), upstream, of_values, input_precision="ieee")
         store_rows(address(grad_v, b, owner, begin + row), inside, of_values, grad_v[0].dtype.element_ty, DV, BLOCK_DV)
-    else:  # some channels of v after the other: LLVM fails on the two products of a whole state in float32
-        ee = tl.arange(0, BLOCK_E)
-        d = tl.arange(0, BLOCK_D)
-        for first in range(0, DV, BLOCK_E):
-            e = first + ee
-            here = inside[:, None] & (e < DV)[None, :]
-            values = tl.load(address(v, b, owner, begin + row)[:, None] + e[None, :], mask=here, other=0.0)
-            at = s + state.to(tl.int64) * D * DV + d[:, None] * DV + e[None, :]
-            of_state = tl.load(at, mask=(d < D)[:, None] & (e < DV)[None, :], other=0.0).to(f.dtype)
-            of_keys = tl.dot(values, tl.trans(of_state), of_keys, input_precision="ieee")
-            of_values = tl.dot(f, of_state, input_precision="ieee").to(grad_v[0].dtype.element_ty)
-            tl.store(address(grad_v, b, owner, begin + row)[:, None] + e[None, :], of_values, mask=here)
     of_keys = tl.where(counts[:, None], times_slope(of_keys, x, MAP), 0.0)
     store_rows(address(grad_k, b, owner, begin + row), inside, of_keys, grad_k[0].dtype.element_ty, D, BLOCK_D)
 
@@ -365,22 +367,15 @@ def keys_backward_kernel(
 _PART = 1024  # rows whose sums one program makes where all queries have one state
 _ELEMENTS = 256
 
-# Rows of a tile, warps, and kernels that have others for heads of up to 64 channels: what spills nowhere and every compiler
-# takes, by the make of the GPU (python_tests/test_triton_linear_attention.py compiles all of it).
-_Tile = tuple[int, int, dict[str, int]]
-_HALF: dict[str, _Tile] = {"cuda": (32, 8, {"queries_kernel": 4}), "hip": (32, 4, {})}
-_SINGLE: dict[str, _Tile] = {"cuda": (16, 8, {"keys_backward_kernel": 4}), "hip": (16, 8, {})}
+# Where no table pins others: rows of a tile, warps, and kernels that have other warps for heads of up to 64 channels; what
+# spills nowhere and every compiler takes, by the make of the GPU (python_tests/test_triton_linear_attention.py compiles all
+# of it). The rows of causal tiles are those of the states, and so the same for all kernels of a call.
+_Default = tuple[int, int, dict[str, int]]
+_HALF: dict[str, _Default] = {"cuda": (32, 8, {"queries_kernel": 4}), "hip": (32, 4, {})}
+_SINGLE: dict[str, _Default] = {"cuda": (16, 8, {"keys_backward_kernel": 4}), "hip": (16, 8, {})}
 _UNALIGNED_ROWS = 16  # on CUDA, of more than 64 channels that 16 does not divide: each element has an address in a register
 _MOST_VALUES = 32  # channels of v whose sums, or gradients, are at hand
 _WIDE_SUMS = 16, 64  # the same of sums on CUDA in half precision for heads of more than 64 channels, rows first
-
-
-def _make() -> str:
-    return "cuda" if torch.version.hip is None else "hip"
-
-
-def _block(channels: int) -> int:
-    return max(16, triton.next_power_of_2(channels))
 
 
 def _heads(x: Tensor, packed: bool) -> tuple[Any, ...]:
@@ -414,16 +409,17 @@ class _Call:
         self.divides = normalize or feature_map == SOFTMAX
         self.map, self.eps = feature_map, 0.0 if feature_map == SOFTMAX else eps
         channels = q.size(-1), v.size(-1)
-        self.rows, warps, others = (_SINGLE if q.dtype == torch.float32 else _HALF)[_make()]
-        small = max(_block(c) for c in channels) <= 64
-        self.warps = others if small else {}
-        if not small and _make() == "cuda" and any(c % 16 for c in channels):
-            self.rows = _UNALIGNED_ROWS
-        self.of_sums = self.rows, _MOST_VALUES
-        if not small and _make() == "cuda" and q.dtype != torch.float32:
-            self.of_sums = _WIDE_SUMS
-        self.options: dict[str, Any] = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": False}
-        self.sizes = {"D": channels[0], "DV": channels[1], "BLOCK_D": _block(channels[0])}
+        single, on_cuda = q.dtype == torch.float32, launch.make() == "cuda"
+        rows, self.warps, others = (_SINGLE if single else _HALF)[launch.make()]
+        small = max(launch.block(c) for c in channels) <= 64
+        self.others = others if small else {}
+        unaligned = not small and on_cuda and any(c % 16 for c in channels)
+        if unaligned:
+            rows = _UNALIGNED_ROWS
+        self.words = "single" if single else "half", small and 64, unaligned and "unaligned", is_causal and "causal"
+        (self.rows,) = pinned.tile(("linear_attention", "rows", *self.words), (rows,), ("BLOCK",))
+        self.of_sums = _WIDE_SUMS if not small and on_cuda and not single else (self.rows, _MOST_VALUES)
+        self.sizes = {"D": channels[0], "DV": channels[1], "BLOCK_D": launch.block(channels[0])}
         self.group = self.heads // self.kv_heads
         self.shared = {"sequences": self.sequences, "heads": self.kv_heads}
         self.mask: dict[str, Any] = {"mask": None, "mask_batch": 0, "mask_row": 0}
@@ -452,6 +448,13 @@ class _Call:
     def tiles(self, tokens: int, rows: int) -> int:
         return tokens // rows + self.sequences if self.packed else triton.cdiv(tokens, rows) * self.sequences
 
+    def options(self, kernel: Any) -> dict[str, Any]:
+        """Launch options of a kernel."""
+        name = kernel.fn.__name__
+        default = self.others.get(name, self.warps), 1
+        words = ("linear_attention", name.removesuffix("_kernel"), *self.words)
+        return launch.options(*pinned.tile(words, default, ("warps", "stages")))
+
     def _shift(self) -> Tensor:
         shift = self.floats(self.sequences, self.kv_heads, self.sizes["D"])
         if shift.numel() > 0:
@@ -465,7 +468,7 @@ class _Call:
                 D=self.sizes["D"],
                 BLOCK_D=self.sizes["BLOCK_D"],
                 BLOCK_N=self.rows,
-                **self.options,
+                **self.options(top_kernel),
             )
         return shift
 
@@ -483,8 +486,9 @@ class _Call:
         part = self.rows if self.causal else _PART
         tiles = self.tiles(tokens, part)
         partial, final = self.state(tiles), self.state(self.sequences)
-        rows, most_values = self.of_sums
-        block_e = min(_block(self.sizes["DV"]), most_values)
+        rows, most_values = pinned.tile(("linear_attention", "sums tile", *self.words), self.of_sums, ("BLOCK_N", "BLOCK_E"))
+        rows = min(rows, part)
+        block_e = min(launch.block(self.sizes["DV"]), most_values)
         if tokens * self.sequences > 0:
             sums_kernel[(self.kv_heads * tiles, max(1, triton.cdiv(self.sizes["DV"], block_e)))](
                 x=self.operand(x),
@@ -506,7 +510,7 @@ class _Call:
                 BLOCK_E=block_e,
                 BLOCK_N=rows,
                 PART=part,
-                **self.options,
+                **self.options(sums_kernel),
             )
         for own, before, total in zip(partial, first, final, strict=True):
             elements = total[0, 0].numel() if total.numel() > 0 else 0
@@ -522,7 +526,7 @@ class _Call:
                     REVERSED=not of_keys,
                     PART=part,
                     BLOCK=_ELEMENTS,
-                    **self.options,
+                    **self.options(join_kernel),
                 )
         return partial, final
 
@@ -545,9 +549,9 @@ class _Call:
                 MAP=self.map,
                 CAUSAL=self.causal,
                 **self.sizes,
-                BLOCK_DV=_block(self.sizes["DV"]),
+                BLOCK_DV=launch.block(self.sizes["DV"]),
                 BLOCK=self.rows,
-                **{**self.options, "num_warps": self.warps.get(kernel.fn.__name__, self.options["num_warps"])},
+                **self.options(kernel),
             )
 
 
@@ -627,7 +631,7 @@ def linear_attention_backward(
         grad_k=call.operand(grad_k),
         grad_v=call.operand(grad_v),
         shift=call.shift,
-        BLOCK_E=min(_block(v.size(-1)), _MOST_VALUES),
+        BLOCK_E=min(launch.block(v.size(-1)), _MOST_VALUES),
         cu_k=call.cu_k,
         len_k=call.len_k,
     )

@@ -15,18 +15,18 @@ from torch import Tensor
 
 from mmkernels.reference.linear import ACTIVATIONS
 from mmkernels.reference.moe import MOE_GRADIENTS, moe_needs
-from mmkernels.triton import attention_launch as launch
+from mmkernels.triton import launch, pinned
 from mmkernels.triton import moe_kernels as kernels
 from mmkernels.triton.expert_order import expert_order, sort
+from mmkernels.triton.pinned import Tile
 
 __all__ = ["expert_order", "grouped_linear", "grouped_linear_backward", "moe_mlp", "moe_mlp_backward"]
 
-# (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages) by kind of product: what spills nowhere and keeps within the shared memory of
-# the small GPUs of a make, 99 KiB of CUDA's and 64 KiB of AMD's (python_tests/test_triton_moe.py compiles all of it). Odd
+# The tiles where no table pins others, by kind of product: what spills nowhere and keeps within the shared memory of the
+# small GPUs of a make, 99 KiB of CUDA's and 64 KiB of AMD's (python_tests/test_triton_moe.py compiles all of it). Odd
 # operands, whose rows begin anywhere, are loaded number by number, and their addresses take the registers of larger tiles.
-_Tile = tuple[int, int, int, int, int]
 _KINDS = ("hidden", "gated", "product", "backward", "matrices")
-_HALF: dict[str, tuple[_Tile, ...]] = {
+_HALF: dict[str, tuple[Tile, ...]] = {
     "cuda": (
         (128, 128, 64, 8, 3),
         (128, 64, 64, 8, 3),
@@ -42,10 +42,10 @@ _HALF: dict[str, tuple[_Tile, ...]] = {
         (128, 128, 64, 8, 2),
     ),
 }
-_HALF_ODD: dict[str, tuple[_Tile, ...]] = {
+_HALF_ODD: dict[str, tuple[Tile, ...]] = {
     make: ((64, 64, 32, 8, 2), (64, 32, 32, 8, 2), *((64, 64, 32, 8, 2),) * 3) for make in _HALF
 }
-_SINGLE: dict[str, tuple[_Tile, ...]] = {
+_SINGLE: dict[str, tuple[Tile, ...]] = {
     make: (
         (64, 64, 16, 8, 2),
         (64, 64, 16, 8, 2),
@@ -55,7 +55,7 @@ _SINGLE: dict[str, tuple[_Tile, ...]] = {
     )
     for make in _HALF
 }
-_SINGLE_ODD: dict[str, tuple[_Tile, ...]] = {
+_SINGLE_ODD: dict[str, tuple[Tile, ...]] = {
     make: ((64, 64, 16, 8, 2), (64, 32, 16, 8, 2), *((64, 64, 16, 8, 2),) * 3) for make in _HALF
 }
 _GROUP = 8  # tiles that pass all columns together
@@ -93,8 +93,7 @@ class _Call:
     ) -> None:
         """Without `last`, a product may be BY_TOKEN."""
         self.like, self.experts = like, experts
-        half, single = (_HALF, _SINGLE) if _aligned(*operands) else (_HALF_ODD, _SINGLE_ODD)
-        self.tiles = dict(zip(_KINDS, (single if like.dtype == torch.float32 else half)[launch.make()], strict=True))
+        self.odd = not _aligned(*operands)
         self.tokens, self.slots_a_token = ids.shape
         self.slots = ids.numel()
         self.last = self.slots if last is None else last
@@ -102,7 +101,11 @@ class _Call:
 
     def tile(self, kind: str) -> tuple[dict[str, int], dict[str, Any]]:
         """(blocks, launch options)."""
-        m, n, k, warps, stages = self.tiles[kind]
+        single = self.like.dtype == torch.float32
+        half_or_single = (_SINGLE_ODD if self.odd else _SINGLE) if single else (_HALF_ODD if self.odd else _HALF)
+        default = half_or_single[launch.make()][_KINDS.index(kind)]
+        words = ("moe", kind, "single" if single else "half", self.odd and "odd")
+        m, n, k, warps, stages = pinned.tile(words, default, pinned.PRODUCT)
         blocks = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}
         return blocks, launch.options(warps, stages)
 
@@ -167,8 +170,7 @@ class _Call:
                 last=self.last,
                 columns=rows.size(1),
                 BLOCK_N=block,
-                num_warps=4,
-                enable_fp_fusion=False,
+                **launch.options(4),
             )
         return out
 
@@ -211,8 +213,7 @@ class _Call:
                 BY_TOKEN=by_token,
                 BLOCK_M=_BIAS_ROWS,
                 BLOCK_N=_BLOCK_N,
-                num_warps=4,
-                enable_fp_fusion=False,
+                **launch.options(4),
             )
         return out
 
@@ -263,8 +264,7 @@ def moe_mlp(
     rows = call.new(max_slots, w_out.size(1))
     call.product(hidden, _by_rows(w_out), b_out, rows, by_token=False)
     out = call.combine(rows, weights.contiguous(), residual)
-    none = x.new_empty(0)
-    return out, none if pre is None else pre, none if pre_gate is None else pre_gate
+    return out, x.new_empty(0) if pre is None else pre, x.new_empty(0) if pre_gate is None else pre_gate
 
 
 def moe_mlp_backward(
@@ -343,8 +343,7 @@ def moe_mlp_backward(
                 columns=grad.size(1),
                 BLOCK_S=_BLOCK_S,
                 BLOCK_N=_BLOCK_N,
-                num_warps=4,
-                enable_fp_fusion=False,
+                **launch.options(4),
             )
     if need["w_in"]:
         grads["w_in"] = call.grad_matrices(before, x, w_in, by_token=(False, True))

@@ -44,18 +44,25 @@ def rows_of_tile(tile, offsets, experts, last, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
+def weights_at(w, expert, n, c):
+    """Where W[e] has its elements (n, c), a row of these for each c. Whatever the strides: c too may lie far apart."""
+    return w[0] + expert.to(tl.int64) * w[1] + n.to(tl.int64)[None, :] * w[2] + c.to(tl.int64)[:, None] * w[3]
+
+
+@triton.jit
 def multiply(acc, rows, w, expert, n, depth, columns, BLOCK_K: tl.constexpr):
     """acc + A W[e]^T for the rows of A that begin at the pointers `rows`."""
     c = tl.arange(0, BLOCK_K)
     at_a = rows[:, None] + c[None, :]
-    at_w = w[0] + expert.to(tl.int64) * w[1] + n.to(tl.int64)[None, :] * w[2] + c[:, None] * w[3]
+    at_w = weights_at(w, expert, n, c)
+    step = tl.cast(w[3], tl.int64) * BLOCK_K
     for first in range(0, depth, BLOCK_K):
         inside = c < depth - first
         a = tl.load(at_a, mask=inside[None, :], other=0.0)
         b = tl.load(at_w, mask=inside[:, None] & (n < columns)[None, :], other=0.0)
         acc = tl.dot(a, b, acc, input_precision="ieee")
         at_a += BLOCK_K
-        at_w += BLOCK_K * w[3]
+        at_w += step
     return acc
 
 
@@ -108,9 +115,10 @@ def hidden_kernel(
         gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         c = tl.arange(0, BLOCK_K)
         at_x = rows[:, None] + c[None, :]
-        wide = n.to(tl.int64)[None, :]
-        at_in = w_in[0] + expert.to(tl.int64) * w_in[1] + wide * w_in[2] + c[:, None] * w_in[3]
-        at_gate = w_gate[0] + expert.to(tl.int64) * w_gate[1] + wide * w_gate[2] + c[:, None] * w_gate[3]
+        at_in = weights_at(w_in, expert, n, c)
+        at_gate = weights_at(w_gate, expert, n, c)
+        step_in = tl.cast(w_in[3], tl.int64) * BLOCK_K
+        step_gate = tl.cast(w_gate[3], tl.int64) * BLOCK_K
         for start in range(0, summed, BLOCK_K):
             here = c < summed - start
             a = tl.load(at_x, mask=here[None, :], other=0.0)
@@ -119,8 +127,8 @@ def hidden_kernel(
             b = tl.load(at_gate, mask=here[:, None] & (n < columns)[None, :], other=0.0)
             gate = tl.dot(a, b, gate, input_precision="ieee")
             at_x += BLOCK_K
-            at_in += BLOCK_K * w_in[3]
-            at_gate += BLOCK_K * w_gate[3]
+            at_in += step_in
+            at_gate += step_gate
         up = with_bias(up, b_in, expert, n, columns, live).to(hidden.dtype.element_ty)
         gate = with_bias(gate, b_gate, expert, n, columns, live).to(hidden.dtype.element_ty)
         value, _ = activate(gate.to(tl.float32), ACTIVATION)

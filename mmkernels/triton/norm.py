@@ -17,16 +17,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmkernels.triton import launch, pinned
+from mmkernels.triton.pinned import Tile
+
 MAX_CHANNELS = 4096  # a row lives in one program's registers, and in backward so do its running sums: twice as many spill
 
-# BLOCK_C -> warps of forward and of backward: what spills nowhere (python_tests/test_triton.py compiles all of it).
+# BLOCK_C -> warps of forward and of backward where no table pins others: what spills nowhere (python_tests/test_triton.py
+# compiles all of it). Forward has fewer where a norm has its own operands alone: a thread then has 16 bytes or more of each,
+# and more rows are on their way at once.
 _WARPS = {64: (1, 1), 256: (1, 2), 1024: (8, 4), MAX_CHANNELS: (16, 8)}
+_PLAIN_WARPS = {64: 1, 256: 1, 1024: 2, MAX_CHANNELS: 8}
 
 
-def _options(warps: int) -> dict[str, Any]:
-    """Launch options. No fused multiply-adds of the compiler's choosing: they would make a product differ from itself, and
-    a gradient that is zero come out as rounding noise times 1 / sqrt(eps)."""
-    return {"num_warps": warps, "enable_fp_fusion": False}
+# What differs from call to call and makes no kernel faster, such as where the numbers of the rows begin: never a reason to
+# compile one anew.
+_SIZES = ["inner", "group_rows", "group_pieces", "mean_out", "rstd_out", "mean_in", "rstd_in"]
 
 
 @triton.jit
@@ -39,7 +44,7 @@ def _store(pointer, offset, c, inside, value):
     tl.store(pointer + offset + c, value.to(pointer.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def norm_kernel(
     x, residual, gate, weight, bias, shift, scale, normed, summed, mean_out, rstd_out,
     x_outer, x_inner, residual_outer, residual_inner, gate_outer, gate_inner,
@@ -78,7 +83,7 @@ def norm_kernel(
     _store(normed, row * channels, c, inside, value)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def backward_kernel(
     grad_normed, grad_summed, normalised, x, gate, weight, scale, mean_in, rstd_in, grad_normalised, grad_x,
     sum_hat, sum_plain, sum_gate,
@@ -149,6 +154,12 @@ def _block_c(channels: int) -> int:
     return next(block for block in _WARPS if block >= channels)
 
 
+def _warps(kind: str, block_c: int, rich: bool) -> Tile:
+    """Of a kernel for rows of that block; `rich` calls have more than a norm's own operands."""
+    default = _PLAIN_WARPS[block_c] if kind == "forward" and not rich else _WARPS[block_c][kind == "backward"]
+    return pinned.tile(("norm", kind, block_c, rich and "rich"), (default,), pinned.WARPS)
+
+
 def _inner(x: Tensor) -> int:
     """Rows of one sample."""
     return math.prod(x.shape[1:-1])
@@ -213,7 +224,7 @@ def norm(
         MODULATED=scale is not None,
         RMS=rms,
         BLOCK_C=block_c,
-        **_options(_WARPS[block_c][0]),
+        **launch.options(*_warps("forward", block_c, residual is not None or scale is not None)),
     )
     return normed, summed, stats
 
@@ -298,9 +309,10 @@ def norm_backward(
             GATE_BY_ROW=gate_by_row,
             RMS=rms,
             BLOCK_C=block_c,
-            **_options(_WARPS[block_c][1]),
+            **launch.options(*_warps("backward", block_c, gate is not None or scale is not None)),
         )
-    hat, plain = sums[:2].view(2, groups, group_pieces, channels).sum(2)
+    # Two sums and not one of both: results that become gradients as they are may not share memory.
+    hat, plain = (of.view(groups, group_pieces, channels).sum(1) for of in sums[:2])
 
     def reduced(needed: bool, like: Tensor | None, value: Tensor) -> Tensor:
         if not needed or like is None:
@@ -343,7 +355,7 @@ def _signature(
 
 def configurations() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
     """(kernel, signature, constants, options) of every tile and element type that the launches above can choose, with all
-    that a call can have, once with one vector a sample and once with one a row."""
+    that a call can have (and forward without), once with one vector a sample and once with one a row."""
     for x, normed in (("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp16"), ("bf16", "fp32"), ("fp16", "fp32")):
         for block_c, (warps, backward_warps) in _WARPS.items():
             pointers = dict.fromkeys(("x", "residual", "gate", "weight", "bias", "shift", "scale", "summed"), x)
@@ -354,7 +366,10 @@ def configurations() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dict
                 ("eps", "scale_offset"),
             )
             flags = dict.fromkeys(("HAS_RESIDUAL", "HAS_GATE", "HAS_WEIGHT", "HAS_BIAS", "MODULATED"), True)
-            yield norm_kernel, signature, {**flags, "RMS": False, "BLOCK_C": block_c}, _options(warps)
+            yield norm_kernel, signature, {**flags, "RMS": False, "BLOCK_C": block_c}, launch.options(warps)
+            plain = {**dict.fromkeys(flags, False), "HAS_WEIGHT": True, "HAS_BIAS": True}
+            options = launch.options(_PLAIN_WARPS[block_c])
+            yield norm_kernel, signature, {**plain, "RMS": False, "BLOCK_C": block_c}, options
             backward_pointers = dict.fromkeys(
                 ("grad_summed", "normalised", "x", "gate", "weight", "scale", "grad_normalised", "grad_x"),
                 x,
@@ -371,4 +386,4 @@ def configurations() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dict
                 if by_row:  # a float32 gate of every row wants the gradient that it is multiplied with in float32
                     signature = {**signature, "grad_normalised": f"*{normed}"}
                 constants = {**flags, "BY_ROW": by_row, "GATE_BY_ROW": by_row, "RMS": False, "BLOCK_C": block_c}
-                yield backward_kernel, signature, constants, _options(backward_warps)
+                yield backward_kernel, signature, constants, launch.options(backward_warps)

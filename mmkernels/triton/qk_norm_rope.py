@@ -16,18 +16,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmkernels.triton import launch, pinned
+from mmkernels.triton.pinned import Tile
+
 MAX_CHANNELS = 1024  # a head's channels live in one program's registers
 
-# BLOCK_D -> heads of a tile, warps: what spills nowhere (python_tests/test_triton.py compiles all of it).
+# BLOCK_D -> heads of a tile, warps, where no table pins others: what spills nowhere (python_tests/test_triton.py compiles
+# all of it).
 _TILES = {64: (16, 4), 128: (8, 4), 256: (4, 4), MAX_CHANNELS: (1, 8)}
 
 # As the operators number them.
 _NONE, _RMS, _L2, _LAYER = (tl.constexpr(number) for number in range(4))
 
-
-def _options(warps: int) -> dict[str, Any]:
-    """Launch options. No fused multiply-adds of the compiler's choosing: they would make a product differ from itself."""
-    return {"num_warps": warps, "enable_fp_fusion": False}
+# What differs from call to call and makes no kernel faster: never a reason to compile one anew.
+_SIZES = ["q_heads", "k_heads", "q_length", "k_length", "q_programs", "heads", "length", "tiles", "pieces"]
 
 
 @triton.jit
@@ -105,7 +107,7 @@ def _forward_tile(
     tl.store(out + place, value.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def qk_norm_rope_kernel(
     q, k, q_out, k_out, q_weight, k_weight, cos, sin, q_sample, q_head, q_token, k_sample, k_head, k_token,
     cos_sample, cos_token, sin_sample, sin_token, q_heads, k_heads, q_length, k_length, q_programs, channels, pairs, eps,
@@ -128,7 +130,7 @@ def qk_norm_rope_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def qk_norm_rope_backward_kernel(
     x, gradient, grad_x, weight, sums, cos, sin, x_sample, x_head, x_token, cos_sample, cos_token, sin_sample, sin_token,
     heads, length, tiles, pieces, channels, pairs, eps,
@@ -177,6 +179,10 @@ def _block_d(channels: int) -> int:
     return next(block for block in _TILES if block >= channels)
 
 
+def _tile(block_d: int) -> Tile:
+    return pinned.tile(("qk_norm_rope", block_d), _TILES[block_d], ("BLOCK_H", "warps"))
+
+
 def _heads(name: str, x: Tensor) -> dict[str, Any]:
     return {name: x, f"{name}_sample": x.stride(0), f"{name}_head": x.stride(1), f"{name}_token": x.stride(2)}
 
@@ -195,7 +201,7 @@ def _angles(name: str, angles: Tensor | None, x: Tensor) -> dict[str, Any]:
 def _shared(x: Tensor, cos: Tensor | None, sin: Tensor | None, eps: float, norm: int, interleaved: bool) -> dict[str, Any]:
     """What both kernels take."""
     block_d = _block_d(x.shape[3])
-    block_h, warps = _TILES[block_d]
+    block_h, warps = _tile(block_d)
     return {
         **_angles("cos", cos, x),
         **_angles("sin", sin, x),
@@ -207,14 +213,14 @@ def _shared(x: Tensor, cos: Tensor | None, sin: Tensor | None, eps: float, norm:
         "INTERLEAVED": interleaved,
         "BLOCK_H": block_h,
         "BLOCK_D": block_d,
-        **_options(warps),
+        **launch.options(warps),
     }
 
 
 def _tiles(x: Tensor) -> int:
     if x.numel() == 0:
         return 0
-    return x.shape[0] * x.shape[2] * triton.cdiv(x.shape[1], _TILES[_block_d(x.shape[3])][0])
+    return x.shape[0] * x.shape[2] * triton.cdiv(x.shape[1], _tile(_block_d(x.shape[3]))[0])
 
 
 def qk_norm_rope(
@@ -326,7 +332,7 @@ def configurations() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dict
                 sizes_of_both = ("q_heads", "k_heads", "q_length", "k_length", "q_programs")
                 flags = {"HAS_Q_WEIGHT": True, "HAS_K_WEIGHT": True}
                 signature = _signature(of_both, ("q", "k"), sizes_of_both)
-                yield qk_norm_rope_kernel, signature, {**flags, **constants}, _options(warps)
+                yield qk_norm_rope_kernel, signature, {**flags, **constants}, launch.options(warps)
                 of_one = {**dict.fromkeys(("x", "gradient", "grad_x", "weight", "cos", "sin"), x), "sums": "fp32"}
                 signature = _signature(of_one, ("x",), ("heads", "length", "tiles", "pieces"))
-                yield qk_norm_rope_backward_kernel, signature, {"HAS_WEIGHT": True, **constants}, _options(warps)
+                yield qk_norm_rope_backward_kernel, signature, {"HAS_WEIGHT": True, **constants}, launch.options(warps)

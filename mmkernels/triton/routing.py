@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmkernels.reference.routing import GROUP_SCORES, SCORES
-from mmkernels.triton import attention_launch as launch
+from mmkernels.triton import launch
 from mmkernels.triton.expert_order import expert_order
 
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
@@ -248,7 +248,7 @@ def _blocks(experts: int) -> tuple[dict[str, int], dict[str, Any]]:
     block_e = max(16, triton.next_power_of_2(experts))
     blocks = {"BLOCK_T": max(1, min(64, _TILE // block_e)), "BLOCK_E": block_e}
     warps = max(4, block_e // 256)
-    options: dict[str, Any] = {"num_warps": warps, "enable_fp_fusion": False}
+    options = launch.options(warps)
     if launch.make() == "cuda":  # all that there are: unasked, ptxas spills a few bytes to have room for more programs
         options["maxnreg"] = min(255, 65536 // (32 * warps))
     return blocks, options

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmkernels.reference.silu_attention import rank_of
+from mmkernels.triton import launch
 
 BLOCK_L, BLOCK_M = 16, 128
 
@@ -26,11 +27,13 @@ BLOCK_L, BLOCK_M = 16, 128
 _WARPS = {3: 4, 8: 8}
 MAX_KEYS = max(_WARPS) * BLOCK_M
 
+# What differs from call to call and makes no kernel faster: never a reason to compile one anew.
+_SIZES = ["rows", "rank"]
+
 
 def _options(chunks: int) -> dict[str, Any]:
-    """Launch options. In backward as in forward, and with no fused multiply-adds of the compiler's choosing, so that a score
-    is the same in both."""
-    return {"num_warps": _WARPS[chunks], "enable_fp_fusion": False}
+    """Launch options. In backward as in forward, so that a score is the same in both."""
+    return launch.options(_WARPS[chunks])
 
 
 @triton.jit
@@ -64,7 +67,7 @@ def _in_order(bits):
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def silu_attention_kernel(
     x, keys, kept, thresholds, x_sample, x_row, keys_sample, keys_row, rows, count, channels, rank, scale,
     DROPS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -119,7 +122,7 @@ def silu_attention_kernel(
         tl.store(to, value.to(kept.dtype.element_ty), mask=(row < rows)[:, None] & (m < count)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def backward_kernel(
     grad, x, keys, values, thresholds, kept, slopes, x_sample, x_row, keys_sample, keys_row, values_sample, values_row,
     rows, count, channels, width, scale,
@@ -246,8 +249,7 @@ def silu_attention_backward(
             BLOCK_D=_block_d(x.dtype),
             **_options(_chunks(count)),
         )
-    none = x.new_empty(0)
-    grad_x = grad_keys = grad_values = none
+    grad_x, grad_keys, grad_values = (x.new_empty(0) for _ in range(3))
     if need_x:
         grad_x = torch.ops.aten.silu_backward(slopes @ key, x).contiguous()
     if need_keys:

@@ -8,7 +8,6 @@ gradients are sums over fixed chunks of positions, added up in a fixed order.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -16,16 +15,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmkernels.triton import launch, pinned
+from mmkernels.triton.pinned import Tile
+
 MAX_CHANNELS = 4096  # a row lives in one program's registers, and in backward so do its running sums: twice as many spill
 
-# BLOCK_C -> warps: what spills nowhere (python_tests/test_triton.py compiles all of it).
+# BLOCK_C -> warps of what has a norm, where no table pins others: what spills nowhere (python_tests/test_triton.py compiles
+# all of it).
 _WARPS = {64: 1, 256: 1, 1024: 8, MAX_CHANNELS: 8}
+_ROLL_WARPS = 4
 
+# How many ranges one launch writes into a table of shifts: a kernel for each of these numbers.
+_RANGES = (4, 32)
+_TABLE_TOKENS = 256
 
-def _options(warps: int) -> dict[str, Any]:
-    """Launch options. No fused multiply-adds of the compiler's choosing: they would make a product differ from itself, and
-    a gradient that is zero come out as rounding noise times 1 / sqrt(eps)."""
-    return {"num_warps": warps, "enable_fp_fusion": False}
+# What differs from call to call and makes no kernel faster, such as where the numbers of the rows begin: never a reason to
+# compile one anew.
+_SIZES = [
+    "fold", "direction", "frames", "tokens", "positions", "chunks", "mean_out", "rstd_out", "mean_in", "rstd_in",
+]  # fmt: skip
 
 
 @triton.jit
@@ -40,7 +48,21 @@ def _source_row(row, token, tokens, frames, shifts, fold, direction, HAS_TABLE: 
     return row - frame + (frame - shift + frames) % frames
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
+def table_kernel(shifts, starts, stops, moves, tokens, FIRST: tl.constexpr, RANGES: tl.constexpr, BLOCK: tl.constexpr):
+    """One program writes the shifts of BLOCK tokens: `moves` of the ranges [starts, stops), which are tuples of RANGES ints
+    each, all as `_odd` makes them; with FIRST 0 to the other tokens. Grid: (cdiv(tokens, BLOCK),)."""
+    token = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    shift = tl.zeros((BLOCK,), tl.int64)
+    named = token < (tokens if FIRST else 0)
+    for i in tl.static_range(RANGES):
+        inside = (token >= (starts[i] >> 1) - 1) & (token < (stops[i] >> 1) - 1)
+        shift = tl.where(inside, (moves[i] >> 1) - 1, shift)
+        named = named | inside
+    tl.store(shifts + token, shift, mask=named)
+
+
+@triton.jit(do_not_specialize=_SIZES)
 def roll_kernel(
     x,
     out,
@@ -71,7 +93,7 @@ def roll_kernel(
         tl.store(out + to_offset[:, None] + c[None, :], tl.load(x + from_offset[:, None] + c[None, :], mask=mask), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def norm_kernel(
     x, shifts, weight, bias, normed, rolled, mean_out, rstd_out,
     fold, direction, frames, tokens, channels, row_stride, token_stride, eps,
@@ -102,7 +124,7 @@ def norm_kernel(
     tl.store(rstd_out + position, rstd)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def backward_kernel(
     grad_normed, grad_rolled, x, shifts, weight, mean_in, rstd_in, grad_x, partial_weight, partial_bias,
     fold, direction, frames, tokens, channels, row_stride, token_stride, positions, chunks,
@@ -152,21 +174,44 @@ def _block_c(channels: int) -> int:
     return next(block for block in _WARPS if block >= channels)
 
 
+def _warps(kind: str, block_c: int) -> Tile:
+    return pinned.tile(("token_roll", kind, block_c), (_WARPS[block_c],), pinned.WARPS)
+
+
 def _roll_blocks(channels: int) -> tuple[int, int]:
     """(BLOCK_N, BLOCK_C): tiles of 1024 elements, wide where rows are wide."""
     block_c = _block_c(min(channels, 1024))
     return 1024 // block_c, block_c
 
 
-@lru_cache(maxsize=256)
-def _table(num_tokens: int, num_frames: int, flat: tuple[int, ...], inverse: bool, device: torch.device) -> Tensor:
-    """The shift of every token, modulo the frames, on the device. Made once per shape: a call with ranges of its own waits
-    for a copy the first time, and cannot be captured in a CUDA graph before that."""
-    shifts = torch.zeros(num_tokens, dtype=torch.int64, device="cpu")
-    for i in range(0, len(flat), 3):
-        start, stop, shift = flat[i : i + 3]
-        shifts[start:stop] = (-shift if inverse else shift) % num_frames
-    return shifts.to(device)
+def _odd(numbers: Sequence[int]) -> tuple[int, ...]:
+    """Odd and more than 1: of ints in a tuple Triton compiles kernels of their own for 1 and for multiples of 16."""
+    return tuple(2 * number + 3 for number in numbers)
+
+
+def _table(num_tokens: int, num_frames: int, flat: Sequence[int], inverse: bool, device: torch.device) -> Tensor:
+    """The shift of every token, modulo the frames, on the device. Made anew by every call and by a kernel: a copy from the
+    host would wait, and what is kept from call to call would be written over where it lies in the memory of a CUDA graph."""
+    shifts = torch.empty(num_tokens, dtype=torch.int64, device=device)
+    triples = [
+        (flat[i], flat[i + 1], (-flat[i + 2] if inverse else flat[i + 2]) % num_frames) for i in range(0, len(flat), 3)
+    ]
+    for first in range(0, max(1, len(triples)), _RANGES[-1]):
+        some = triples[first : first + _RANGES[-1]]
+        ranges = next(number for number in _RANGES if number >= len(some))
+        starts, stops, moves = zip(*some, *[(0, 0, 0)] * (ranges - len(some)), strict=True)
+        table_kernel[(triton.cdiv(num_tokens, _TABLE_TOKENS),)](
+            shifts,
+            starts=_odd(starts),
+            stops=_odd(stops),
+            moves=_odd(moves),
+            tokens=num_tokens,
+            FIRST=first == 0,
+            RANGES=ranges,
+            BLOCK=_TABLE_TOKENS,
+            **launch.options(_ROLL_WARPS),
+        )
+    return shifts
 
 
 def _shift_arguments(
@@ -175,7 +220,7 @@ def _shift_arguments(
     """What tells a kernel which tokens move: the system's rule by numbers, other ranges by a table."""
     if divisor > 0:
         return {"shifts": x, "fold": x.shape[1] // divisor, "direction": -1 if inverse else 1, "HAS_TABLE": False}
-    table = _table(x.shape[1], num_frames, tuple(ranges), inverse, x.device)
+    table = _table(x.shape[1], num_frames, ranges, inverse, x.device)
     return {"shifts": table, "fold": 0, "direction": 0, "HAS_TABLE": True}
 
 
@@ -197,7 +242,7 @@ def token_roll(x: Tensor, num_frames: int, divisor: int, ranges: Sequence[int], 
         token_stride=x.stride(1),
         BLOCK_N=block_n,
         BLOCK_C=block_c,
-        **_options(4),
+        **launch.options(*pinned.tile(("token_roll", "roll", block_c), (_ROLL_WARPS,), pinned.WARPS)),
     )
     return out
 
@@ -240,7 +285,7 @@ def token_roll_layer_norm(
         HAS_BIAS=bias is not None,
         NEED_ROLLED=need_rolled,
         BLOCK_C=block_c,
-        **_options(_WARPS[block_c]),
+        **launch.options(*_warps("layer_norm", block_c)),
     )
     return normed, rolled, stats
 
@@ -289,7 +334,7 @@ def token_roll_layer_norm_backward(
             HAS_ROLLED=grad_rolled is not None,
             HAS_WEIGHT=weight is not None,
             BLOCK_C=block_c,
-            **_options(_WARPS[block_c]),
+            **launch.options(*_warps("layer_norm_backward", block_c)),
         )
 
     def parameter(needed: bool, like: Tensor | None, sums: Tensor) -> Tensor:
@@ -308,14 +353,19 @@ def configurations() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dict
     for x in ("fp32", "bf16", "fp16"):
         for block_c, table in ((64, True), (64, False), (256, True), (256, False), (1024, True), (1024, False)):
             signature = {"x": f"*{x}", "out": f"*{x}", "shifts": "*i64", **sizes, **strides}
-            yield roll_kernel, signature, {"HAS_TABLE": table, "BLOCK_N": 1024 // block_c, "BLOCK_C": block_c}, _options(4)
+            yield (
+                roll_kernel,
+                signature,
+                {"HAS_TABLE": table, "BLOCK_N": 1024 // block_c, "BLOCK_C": block_c},
+                launch.options(_ROLL_WARPS),
+            )
     for x, normed in types:
         for block_c, warps in _WARPS.items():
             pointers = ("x", "shifts", "weight", "bias", "normed", "rolled", "mean_out", "rstd_out")
             kinds = (x, "i64", x, x, normed, x, "fp32", "fp32")
             signature = {name: f"*{kind}" for name, kind in zip(pointers, kinds, strict=True)}
             flags = {"HAS_TABLE": True, "HAS_WEIGHT": True, "HAS_BIAS": True, "NEED_ROLLED": True, "BLOCK_C": block_c}
-            yield norm_kernel, {**signature, **sizes, **strides, "eps": "fp32"}, flags, _options(warps)
+            yield norm_kernel, {**signature, **sizes, **strides, "eps": "fp32"}, flags, launch.options(warps)
             backward_pointers = (
                 "grad_normed", "grad_rolled", "x", "shifts", "weight", "mean_in", "rstd_in", "grad_x", "partial_weight",
                 "partial_bias",
@@ -327,5 +377,5 @@ def configurations() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dict
                 backward_kernel,
                 {**signature, **sizes, **strides, "positions": "i32", "chunks": "i32"},
                 flags,
-                _options(warps),
+                launch.options(warps),
             )

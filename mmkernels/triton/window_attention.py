@@ -11,9 +11,9 @@ import torch
 import triton
 from torch import Tensor
 
-from mmkernels.triton import attention_launch as launch
+from mmkernels.triton import launch, pinned
 from mmkernels.triton import window_attention_kernels as kernels
-from mmkernels.triton.attention_launch import Tile
+from mmkernels.triton.pinned import Tile
 
 MAX_CHANNELS = 256  # of a head
 MAX_TOKENS = 4096  # of a window: the gradient of the table passes through sums over windows for every pair of its tokens
@@ -23,9 +23,11 @@ _PROGRAMS = 1024  # sums over windows are cut into parts, which make so many pro
 _SPAN = 4  # and have at least so many windows each: their sums are to be little beside the windows
 _TABLE_TILE: Tile = (32, 64, 4, 1)
 _PLACES_BLOCK = 256
+_SMALL = 64  # windows of so many tokens, a tile or less, may have other best tiles than those of many
 
-# By kind of kernel, for heads of up to 32, 64, 128 and 256 channels: what spills nowhere and keeps within the shared memory
-# of the small GPUs of a make (python_tests/test_triton_window_attention.py compiles all of it). Where windows and heads are
+# The tiles where no table pins others, by kind of kernel, for heads of up to 32, 64, 128 and 256 channels: what spills
+# nowhere and keeps within the shared memory of the small GPUs of a make (python_tests/test_triton_window_attention.py
+# compiles all of it). Where windows and heads are
 # so small that "whole" has a tile for them, that kernel does all of backward with a window in one tile.
 _CLASSES = (32, 64, 128, 256)
 _Tiles = dict[str, tuple[Tile, ...]]
@@ -63,11 +65,18 @@ _SINGLE: dict[str, _Tiles] = {
 }
 
 
+def _chosen(kind: str, single: bool, width: int, places: int) -> Tile:
+    """The tile before it is cut to a small window."""
+    default = (_SINGLE if single else _HALF)[launch.make()][kind][width]
+    small = places <= _SMALL and kind != "whole" and "small"
+    return pinned.tile(("window_attention", kind, "single" if single else "half", _CLASSES[width], small), default)
+
+
 def _tile(kind: str, single: bool, channels: int, places: int) -> tuple[dict[str, int], dict[str, Any]]:
     """(blocks, options) of a kind of kernel."""
     block_d, most = launch.block(channels), launch.block(places)
     width = next(i for i, limit in enumerate(_CLASSES) if limit >= block_d)
-    block_m, block_n, warps, stages = (_SINGLE if single else _HALF)[launch.make()][kind][width]
+    block_m, block_n, warps, stages = _chosen(kind, single, width, places)
     if most < max(block_m, block_n):
         block_m, block_n = min(block_m, most), min(block_n, most)
         warps = min(warps, max(1, block_m * block_n // 256, most * block_d * (4 if single else 2) // 1024))
@@ -77,8 +86,7 @@ def _tile(kind: str, single: bool, channels: int, places: int) -> tuple[dict[str
 
 def _is_whole(single: bool, channels: int, places: int) -> bool:
     """Whether there is a tile for whole windows."""
-    ((block, *_),) = (_SINGLE if single else _HALF)[launch.make()]["whole"]
-    return channels <= _CLASSES[0] and places <= block
+    return channels <= _CLASSES[0] and places <= _chosen("whole", single, 0, places)[0]
 
 
 class _Call:

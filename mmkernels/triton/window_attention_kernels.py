@@ -101,7 +101,7 @@ def _bias(table, head, position_q, position_k, visible, ROWS: tl.constexpr):
     if table is None:
         bias = tl.where(visible, 0.0, float("-inf"))
     else:
-        at = table + head * ROWS + ROWS // 2 + (position_q - position_k)
+        at = table + head.to(tl.int64) * ROWS + ROWS // 2 + (position_q - position_k)
         bias = tl.load(at, mask=visible, other=float("-inf"))
     return bias
 
@@ -128,7 +128,10 @@ def _length(x):
 @triton.jit
 def _inverse_length(x, norm_eps):
     """1 / max(|x|, eps) of rows; None where a call does not normalise."""
-    return None if norm_eps is None else 1.0 / tl.maximum(_length(x), norm_eps)
+    inverse = None
+    if norm_eps is not None:  # not as one expression: Triton 3.6 makes both sides of it
+        inverse = 1.0 / tl.maximum(_length(x), norm_eps)
+    return inverse
 
 
 @triton.jit
@@ -213,10 +216,10 @@ def forward_kernel(
             products, factor, _column(inverse_q), _row(inverse_k), bias, _column(region_q), _row(region_k), mask_value,
             SHIFTED,
         )  # fmt: skip
-        p, rescale, top, total = softmax_step(s, top, total, False)
+        p, rescale, top, total = softmax_step(s, top, total, None, False)
         values = _load(v, pad_v, b, head, token_k, inside_k, exists_k, D, BLOCK_D)
         acc = tl.dot(p.to(values.dtype), values, acc * rescale[:, None], input_precision="ieee")
-    acc, of_rows = softmax_end(acc, top, total, False)
+    acc, of_rows = softmax_end(acc, top, total, None, False)
     store_rows(address(out, b, head, token), exists, acc, out[0].dtype.element_ty, D, BLOCK_D)
     tl.store(address(lse, window, head, i), of_rows, mask=inside)
 
@@ -340,7 +343,7 @@ def queries_kernel(
                 products, factor, _column(inverse_q), _row(inverse_k), bias, _column(region_q), _row(region_k), mask_value,
                 SHIFTED,
             )  # fmt: skip
-            p = weights_of(s, of_rows, norm_rows, False)
+            p = weights_of(s, of_rows, norm_rows, None, False)
             if not EXACT:
                 dp = tl.dot(upstream, tl.trans(values), input_precision="ieee")
             if turn == 0:
@@ -413,7 +416,7 @@ def keys_kernel(
             SHIFTED,
         )  # fmt: skip
         of_rows = lse_of(lse, window, head, i, inside_q, 0, False)
-        p = weights_of(s, of_rows, per_token(norm, window, head, i, inside_q, 0), False)
+        p = weights_of(s, of_rows, per_token(norm, window, head, i, inside_q, 0), None, False)
         of_values = tl.dot(p.to(upstream.dtype), upstream, of_values, input_precision="ieee")
         dp = tl.dot(own_v, tl.trans(upstream), input_precision="ieee")
         ds = p * (dp - per_token(delta, window, head, i, inside_q, 0))
@@ -456,7 +459,7 @@ def pairs_kernel(
         inverse_k = _row(_inverse_length(keys, norm_eps))
         s, _ = _scores(products, factor, inverse_q, inverse_k, bias, _column(region_q), _row(region_k), mask_value, SHIFTED)
         of_rows = lse_of(lse, window, head, i, inside, 1, False)
-        p = weights_of(s, of_rows, per_token(norm, window, head, i, inside, 1), False)
+        p = weights_of(s, of_rows, per_token(norm, window, head, i, inside, 1), None, False)
         dp = tl.dot(upstream, tl.trans(values), input_precision="ieee")
         acc += p * (dp - per_token(delta, window, head, i, inside, 1))
     at = of_table + owner.to(tl.int64) * N * N + i[:, None] * N + j[None, :]
