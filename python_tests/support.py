@@ -112,6 +112,20 @@ def assert_same_bits(a: Any, b: Any, what: str) -> None:
     assert torch.equal(a.contiguous().view(integers), b.contiguous().view(integers)), f"{what}: bits differ"
 
 
+def check_autocast(card: Card, call: Call) -> None:
+    """Under autocast in bfloat16, the dtypes that torch's formula gives, within the rule."""
+    device = call.tensors()[0].device.type
+    with torch.autocast(device, dtype=torch.bfloat16):
+        ours, theirs = as_tuple(call.of(card.function)), as_tuple(call.of(card.reference))
+        our_gradients, their_gradients = gradients(card.function, call), gradients(card.reference, call)
+    oracle, oracle_gradients = as_tuple(to_double(call).of(card.reference)), gradients(card.reference, to_double(call))
+    for a, b, truth in zip((*ours, *our_gradients), (*theirs, *their_gradients), (*oracle, *oracle_gradients), strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            assert a.dtype == b.dtype
+            assert_within_rule(a, b, truth, "under autocast")
+
+
 def is_dense(tensor: Tensor) -> bool:
     """In memory without overlap and without holes, in whatever order of dimensions."""
     return bool(torch.ops.aten.is_non_overlapping_and_dense.default(tensor))

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from mmkernels.bench import command, machine, measure, peaks, plots, results, supervisor, table, worker
+from mmkernels.bench import command, graphs, machine, measure, peaks, plots, results, supervisor, table, worker
 from mmkernels.bench.contest import Contest
 from mmkernels.bench.measure import Timing, interleave
 from mmkernels.bench.overheads import OverheadResult, measure_overhead
@@ -180,6 +183,75 @@ def test_compiled_peers_are_contestants(monkeypatch):
     assert list(two.steps)[-2:] == ["compile:eager", "compile:addcmul"]
 
 
+def test_a_gpu_starts_every_case_anew_and_reads_longer(monkeypatch):
+    """Peers there may compile themselves, and past its limit of recompilations torch.compile would run them eagerly."""
+    resets = []
+    monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(1))
+    Contest(_case(), "cpu", torch.float32)
+    assert not resets
+    Contest(_case(make=lambda device, dtype, g: _call(torch.device("cpu"), dtype, g)), "cuda", torch.float32)
+    assert resets
+    calls = Counter()
+
+    def clock(step, count):
+        calls[count] += 1
+        return 0.1
+
+    monkeypatch.setattr(measure, "cuda_clock", clock)
+    interleave({"a": lambda: None}, 1e-9, clock=clock)
+    assert calls == {1: 1, 10: 15}
+
+
+class FakeGraph:
+    """What a CUDA graph is to those who only record and replay it."""
+
+    recording = None
+
+    def __init__(self):
+        self.steps = []
+
+    def replay(self):
+        for step in self.steps:
+            step()
+
+
+@contextmanager
+def _recorded(graph):
+    FakeGraph.recording = graph
+    yield
+    FakeGraph.recording = None
+
+
+def test_short_calls_are_replayed_unless_they_wait(monkeypatch):
+    mode = ["default"]
+    fake = SimpleNamespace(
+        Stream=lambda: SimpleNamespace(wait_stream=lambda other: None),
+        current_stream=lambda: SimpleNamespace(wait_stream=lambda other: None),
+        stream=lambda stream: nullcontext(),
+        set_sync_debug_mode=lambda name: mode.__setitem__(0, name),
+        CUDAGraph=FakeGraph,
+        graph=_recorded,
+    )
+    monkeypatch.setattr(graphs.torch, "cuda", fake)
+    monkeypatch.setattr(graphs, "cuda_clock", lambda step, calls: step() or 20.0)
+    ran = Counter()
+
+    def step(name):
+        if FakeGraph.recording is not None:
+            FakeGraph.recording.steps.append(lambda: ran.update([name]))
+
+    def waiting():
+        if mode[0] == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+
+    steps = {"mmkernels": lambda: step("mmkernels"), "eager": lambda: step("eager"), "waits": waiting}
+    times = graphs.replayed(steps, 1e-9)
+    assert set(times) == {"mmkernels", "eager"} and mode == ["default"]
+    assert times["mmkernels"].median_ms == 2.0 and ran["mmkernels"] == ran["eager"] == 10 * (2 + 1 + 15)
+    assert graphs.replayed({**steps, "mmkernels": waiting}, 1e-9) == {}
+    assert graphs.is_short({"a": _timing(0.2), "b": _timing(9.0)}) and not graphs.is_short({"a": _timing(0.4)})
+
+
 # --- floors -----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("size", "gbps"),
@@ -204,6 +276,18 @@ def test_peaks_are_measured_once_and_a_broken_cache_is_measured_again(monkeypatc
     assert [path.name for path in peaks.cache_file().parent.iterdir()] == ["peaks.json"]
     peaks.cache_file().write_text("{")
     assert peaks.peaks("cpu") == _PEAKS and len(measured) == 2
+
+
+def test_peaks_of_a_gpu_are_of_random_numbers_drawn_there(monkeypatch):
+    """As far as that can be without one."""
+    drawn = []
+    randn = torch.randn
+    monkeypatch.setattr(torch, "randn", lambda *size, device: drawn.append(device) or randn(*size))
+    monkeypatch.setattr(peaks, "cuda_clock", measure.wall_clock)
+    measured = peaks.measure_cuda(traffic=(1 << 20, 1 << 22), matrix=64)
+    assert set(drawn) == {"cuda"} and len(drawn) == 8
+    assert set(measured.gflops) == {"float32", "bfloat16"} and [size for size, _ in measured.copy_gbps] == [1 << 20, 1 << 22]
+    assert all(0.1 < gbps < 1e4 for _, gbps in measured.copy_gbps)
 
 
 def test_peaks_are_plausible():
@@ -238,6 +322,46 @@ def test_target_is_not_judged_without_a_peer_that_it_names_and_must_name_contest
     assert verdict is not None and verdict.ratio == pytest.approx(2.0)
 
 
+def test_optional_peers_may_fail_as_long_as_one_runs():
+    target = Target(("eager", "broken"), 1.0, optional=True)
+    verdict = _result(target=target, failed={"broken": "RuntimeError: no"}).verdict
+    assert verdict is not None and verdict.ratio == pytest.approx(2.0)
+    alone = _result(timings={"mmkernels": _timing(1.0)}, target=target, failed={"eager": "a", "broken": "b"})
+    assert alone.verdict is None
+
+
+@pytest.mark.parametrize(
+    ("of", "limit", "measured", "met"),
+    [
+        ("TFLOP/s", 300.0, 320.0, True),
+        ("TFLOP/s", 330.0, 320.0, False),
+        ("floor", 0.5, 0.5, True),
+        ("floor", 0.51, 0.5, False),
+    ],
+)
+def test_target_of_a_rate(of, limit, measured, met):
+    verdict = _result(flops=3.2e11, target=Target((), limit, of=of)).verdict
+    assert verdict is not None and verdict.ratio == pytest.approx(measured) and verdict.met is met
+
+
+def test_launch_bound_cases_are_judged_by_their_replays():
+    target = Target(("eager", "waits"), 1.0)
+    timings = {"mmkernels": _timing(0.1), "eager": _timing(0.06), "waits": _timing(0.5)}
+    bound = _result(timings=timings, graphs={"mmkernels": _timing(0.01), "eager": _timing(0.05)}, target=target)
+    assert bound.launch_bound and bound.verdict.ratio == pytest.approx(5.0) and bound.ratio == pytest.approx(5.0)
+    assert bound.judged["waits"] == _timing(0.5) and bound.over_floor == pytest.approx(0.02)
+    of_peer = replace(bound, graphs={"mmkernels": _timing(0.09), "eager": _timing(0.02)})
+    assert of_peer.launch_bound and of_peer.verdict.ratio == pytest.approx(0.02 / 0.09)
+    free = replace(bound, graphs={"mmkernels": _timing(0.08), "eager": _timing(0.05)})
+    assert not free.launch_bound and free.verdict.ratio == pytest.approx(0.6)
+    assert not _result().launch_bound
+
+
+def test_rates_are_the_least_work_over_the_time():
+    rates = _result(flops=2e12, bytes=3e9).rates(_timing(2.0))
+    assert (rates.tflops, rates.gbps, rates.of_ceiling) == (pytest.approx(1000), pytest.approx(1500), 0.25)
+
+
 def test_ratio_is_to_the_best_peer():
     assert (_result().best_peer, _result().ratio, _result().over_floor) == ("compile", 1.25, 2.0)
     alone = _result(timings={"mmkernels": _timing(1.0)})
@@ -247,11 +371,22 @@ def test_ratio_is_to_the_best_peer():
 # --- results ----------------------------------------------------------------------------------------------------------
 def test_json_roundtrip(tmp_path):
     case = _result(target=Target(("eager",), 1.5), stock={"mmkernels": _timing(3.0)}, failed={"x": "RuntimeError: y"})
-    made = _results(case, _result(dtype="bfloat16"))
+    on_gpu = _result(
+        dtype="bfloat16", graphs={"mmkernels": _timing(0.1)}, target=Target((), 9.0, of="TFLOP/s", optional=True)
+    )
+    made = _results(case, on_gpu, broken={"product.5x5 float32": "RuntimeError: z"})
     results.write(made, tmp_path / "run.json")
     assert results.read(tmp_path / "run.json") == made
     record = json.loads((tmp_path / "run.json").read_text())
     assert record["schema"] == 1 and record["cases"][0]["summary"]["target_met"] is True
+    assert set(record["cases"][0]["summary"]["rates"]) == set(case.timings)
+    for entry in record["cases"]:  # as a file of before
+        del entry["graphs"]
+        for name in ("of", "optional"):
+            del entry["target"][name]
+    del record["broken"]
+    (tmp_path / "old.json").write_text(json.dumps(record))
+    assert results.read(tmp_path / "old.json").cases[0] == case
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": 99}', '{"schema": 1}'])
@@ -284,6 +419,26 @@ def test_tables_show_all_contestants_and_verdicts(capsys):
     assert "Other programs" not in shown
 
 
+def test_tables_of_a_gpu_show_rates_replays_and_what_broke(capsys):
+    short = _result(
+        flops=5e9,
+        bytes=4e6,
+        graphs={"mmkernels": _timing(0.25), "eager": _timing(1.5)},
+        target=Target((), 10.0, of="TFLOP/s"),
+    )
+    memory = _result(name="copy.1", flops=0.0, bytes=3e9, target=Target((), 0.6, of="floor"))
+    made = _results(short, memory, device="cuda", broken={"product.5x5 float32": "RuntimeError: no shared memory"})
+    table.show(made, None, table.make_console())
+    shown = capsys.readouterr().out
+    for text in ("0.250 ± 0.050 g", "20.00≥10 TFLOP/s met", "0.50≥0.6 of floor MISSED", "Short calls of products", "1.50"):
+        assert text in shown, text
+    for text in ("Rates of products", "3.33 2.67 33%", "3000 50%", "BROKEN: product.5x5 float32: RuntimeError: no shared"):
+        assert text in shown, text
+    assert re.search(r"faster +TFLOP/s +GB/s", shown) and re.search(r"20\.0 +16\.0", shown)
+    table.show(_results(), None, table.make_console())
+    assert "TFLOP/s" not in capsys.readouterr().out
+
+
 def test_disturbed_cases_are_said_to_be(capsys):
     table.show(_results(_result(preemptions=99.0, target=Target(("eager",), 1.5)), _result()), None, table.make_console())
     shown = capsys.readouterr().out
@@ -312,6 +467,38 @@ def test_worker_streams_cases_and_overheads(monkeypatch):
     assert set(plain.timings) == {"mmkernels", "eager", "addcmul"} and plain.ours.rounds >= 15
     assert plain.floor_ms == pytest.approx(384 / 90e6) and plain.verdict is not None and backward.backward
     assert results.overhead_from(stream[-2]["result"]).holds
+
+
+def test_a_case_that_breaks_leaves_the_others_and_is_an_error_at_the_end(monkeypatch, tmp_path):
+    def broken(x, y, scale):
+        raise RuntimeError("out of shared memory\nand more")
+
+    monkeypatch.setattr(worker, "peaks", lambda device: _PEAKS)
+    request = worker.Request(seconds=1e-3, dtypes=("float32",))
+    stream = list(worker.events(request, [_card(_case(name="first", run=broken), _case(name="second"))]))
+    kinds = [event["event"] for event in stream]
+    assert kinds == ["machine", "start", "peaks", "start", "broken", "start", "case", "done"]
+
+    def replayed(request, allocator, on_event):
+        for event in stream:
+            on_event(event)
+
+    monkeypatch.setattr(supervisor, "run_worker", replayed)
+    error = {"first float32": "RuntimeError: out of shared memory"}
+    for allocator in ("tuned", "both"):
+        made = supervisor.measure(request, allocator, lambda what: None)
+        assert made.broken == error and [case.name for case in made.cases] == ["second"]
+    with pytest.raises(ChildProcessError, match="first float32: RuntimeError: out of shared memory"):
+        command.run(family="token_roll", allocator="tuned", json_path=tmp_path / "run.json")
+    assert results.read(tmp_path / "run.json").broken == error
+
+
+def test_cases_beyond_the_limit_are_named(monkeypatch):
+    monkeypatch.setattr(worker, "peaks", lambda device: _PEAKS)
+    request = worker.Request(seconds=1e-3, dtypes=("float32",), limit_s=0.0)
+    stream = list(worker.events(request, [_card(_case(name="late"))]))
+    assert [event["event"] for event in stream] == ["machine", "start", "peaks", "broken", "done"]
+    assert stream[-2]["case"] == "late float32" and "limit of 0 s" in stream[-2]["error"]
 
 
 def test_overhead_is_missed_above_its_limit():
@@ -374,6 +561,10 @@ def test_filters():
     assert len(select(cards, family="products", case="4x8")) == 2
     assert len(select(cards, family="products", case="overhead").overheads) == 1
     assert not select(cards, family="products", device="cuda").overheads
+    assert len(select([_card(_case(devices=("cuda",)), _case(name="other"))], device="cuda").cases) == 4
+    assert [case.name for _, case, _ in select([_card(_case(devices=("cuda",)), _case(name="other"))]).cases] == [
+        "other"
+    ] * 2
     with pytest.raises(ValueError, match=r"case 'nothing'.*product\.4x8, other"):
         select(cards, family="products", case="nothing")
 

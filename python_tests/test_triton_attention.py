@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT
-from test_triton import TARGETS, keeps_in_local_memory
+from test_triton import TARGETS, assert_no_float_atomics, keeps_in_local_memory
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MATRIX = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
@@ -104,6 +104,7 @@ def assert_kernel_fits(name: str, kernel: Any, target: str, with_matrix: bool, f
     else:  # scalar registers may spill: they go to lanes of vector registers
         spills = re.findall(r"\.vgpr_spill_count:\s+(\d+)", kernel.asm["amdgcn"])
         assert spills and set(spills) == {"0"}, f"{name}: registers spill: {spills}"
+    assert_no_float_atomics(kernel.asm, name)
     if with_matrix:
         assembly = kernel.asm["ptx" if target.startswith("sm_") else "amdgcn"]
         # Tiles too small for the instructions of whole warp groups take those of warps.

@@ -29,6 +29,7 @@ def run(
     compare_path: Path | None = None,
     allocator: str = "both",
     seconds: float = 2.0,
+    limit_s: float | None = None,
 ) -> results.Results:
     """Measures what the filters select, prints it, and writes what was asked for.
 
@@ -39,10 +40,12 @@ def run(
         compare_path: JSON file of an earlier run.
         allocator: "tuned", "stock" or "both" (tuned is judged).
         seconds: to spend on each case; rounds that would leave too few readings go beyond it.
+        limit_s: no case starts later than so many seconds after the peaks are known.
 
     Raises:
         ValueError, OSError, ImportError: a mistake in the arguments, found before anything is measured.
-        ChildProcessError: the measured process broke down.
+        ChildProcessError: the measured process broke down; or some case has no result, because an op raised or the limit
+            came first: then the others were measured, shown and written.
     """
     chosen = _check(family, device, dtypes, case, allocator, seconds)
     before = None if compare_path is None else results.read(compare_path)
@@ -57,7 +60,7 @@ def run(
     if device == "cuda" and allocator != "tuned":
         console.print("CUDA has an allocator of its own: measuring once, malloc's settings do not matter.")
         allocator = "tuned"
-    request = Request(family=family, case=case, dtypes=tuple(dtypes or ()), device=device, seconds=seconds)
+    request = Request(family=family, case=case, dtypes=tuple(dtypes or ()), device=device, seconds=seconds, limit_s=limit_s)
     with _progress(console, _steps(chosen, allocator)) as report:
         measured = measure(request, allocator, report)
     table.show(measured, None if before is None else results.compare(before, measured), console)
@@ -65,6 +68,8 @@ def run(
         results.write(measured, json_path)
     if plot_folder is not None:
         plots.write_plots(measured, plot_folder)
+    if measured.broken:
+        raise ChildProcessError("; ".join(f"{case}: {error}" for case, error in measured.broken.items()))
     return measured
 
 

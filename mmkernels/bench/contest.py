@@ -66,7 +66,7 @@ class Contest:
         self.steps: dict[str, Step] = {}
         self.failed: dict[str, str] = {}
         # Past its limit of recompilations, torch.compile would run eagerly without a word; every case starts anew.
-        if case.compiled_peers:
+        if case.compiled_peers or torch.device(device).type == "cuda":  # where peers may compile themselves
             torch.compiler.reset()
         for name in contestant_names(case):
             if only is None or name == only:
@@ -87,8 +87,7 @@ class Contest:
         except Exception as error:
             if name == OURS:
                 raise
-            text = str(error).strip() or "no message"
-            self.failed[name] = f"{type(error).__name__}: {text.splitlines()[0]}"
+            self.failed[name] = one_line(error)
             self._forget_gradients()
             return
         if name == OURS:
@@ -119,6 +118,11 @@ class Contest:
     def _forget_gradients(self) -> None:
         for leaf in self._leaves:
             leaf.grad = None
+
+
+def one_line(error: Exception) -> str:
+    text = str(error).strip() or "no message"
+    return f"{type(error).__name__}: {text.splitlines()[0]}"
 
 
 def as_leaf(tensor: Tensor) -> Tensor:

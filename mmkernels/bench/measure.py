@@ -25,6 +25,8 @@ _MIN_LONG_ROUNDS: Final = 5
 _LONG_ROUND_MS: Final = 500.0
 # One reading of the clock covers at least this long, so that the clock itself is below 1 % of it.
 _MIN_READING_MS: Final = 0.05
+# On a GPU it also covers the time from a call to the kernel's start, which is a call's own only where no other is before it.
+_MIN_CUDA_READING_MS: Final = 1.0
 _WARM_UPS: Final = 2
 
 
@@ -72,6 +74,10 @@ def clock_of(device: str) -> Clock:
     return cuda_clock if torch.device(device).type == "cuda" else wall_clock
 
 
+def _min_reading_ms(clock: Clock) -> float:
+    return _MIN_CUDA_READING_MS if clock is cuda_clock else _MIN_READING_MS
+
+
 def interleave(
     steps: Mapping[str, Step],
     seconds: float,
@@ -94,7 +100,7 @@ def interleave(
             step()
     once = [clock(step, 1) for step in steps.values()]
     if calls is None:
-        calls = max(1, ceil(_MIN_READING_MS / max(min(once), 1e-6)))
+        calls = max(1, ceil(_min_reading_ms(clock) / max(min(once), 1e-6)))
     if min_rounds is None:
         min_rounds = _MIN_LONG_ROUNDS if sum(once) * calls > _LONG_ROUND_MS else _MIN_ROUNDS
     order = list(steps)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,15 +19,18 @@ SCHEMA: Final = 1
 # On a machine of two cores: 14 to 19 when idle, 76 to 88 beside one busy program, which doubled the times and need not
 # widen their spread.
 _DISTURBED: Final = 40.0
+_LAUNCH_BOUND: Final = 0.5
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A target and what was measured: `at_most` ratios are ours over the best peer's time, the others its inverse."""
+    """A target and what was measured: `at_most` ratios are ours over the best peer's time, the others its inverse, or what
+    else the target is `of`."""
 
     ratio: float
     limit: float
     at_most: bool
+    of: str = "peers"
 
     @property
     def met(self) -> bool:
@@ -35,8 +38,18 @@ class Verdict:
 
 
 @dataclass(frozen=True)
+class Rates:
+    """TFLOP/s, GB/s, and the part of what the machine's ceilings allow: 1 is the floor's own speed."""
+
+    tflops: float
+    gbps: float
+    of_ceiling: float
+
+
+@dataclass(frozen=True)
 class CaseResult:
-    """One case with one dtype. `timings` are those that are judged; `stock` repeats them under the stock allocator."""
+    """One case with one dtype. `timings` are those that are judged; `stock` repeats them under the stock allocator, and
+    `graphs` short calls of a GPU from CUDA graphs, without what launching costs."""
 
     family: str
     name: str
@@ -52,6 +65,7 @@ class CaseResult:
     target: Target | None
     stock: Mapping[str, Timing] | None = None
     stock_preemptions: float = 0.0
+    graphs: Mapping[str, Timing] = field(default_factory=dict)
 
     @property
     def ours(self) -> Timing:
@@ -61,16 +75,36 @@ class CaseResult:
     def best_peer(self) -> str | None:
         """The fastest other contestant; None where there is none."""
         peers = [name for name in self.timings if name != OURS]
-        return min(peers, key=lambda name: self.timings[name].median_ms, default=None)
+        return min(peers, key=lambda name: self.judged[name].median_ms, default=None)
 
     @property
     def ratio(self) -> float | None:
         """How many times faster than the best peer."""
-        return None if self.best_peer is None else self.timings[self.best_peer].median_ms / self.ours.median_ms
+        return None if self.best_peer is None else self.judged[self.best_peer].median_ms / self.judged[OURS].median_ms
 
     @property
     def over_floor(self) -> float | None:
-        return self.ours.median_ms / self.floor_ms if self.floor_ms > 0 else None
+        return self.judged[OURS].median_ms / self.floor_ms if self.floor_ms > 0 else None
+
+    @property
+    def launch_bound(self) -> bool:
+        """Launching takes us, or the fastest peer, more than half of the time: a model that replays a graph saves it, and
+        one that does not is bound by it whatever the kernel does."""
+        peers = [name for name in self.graphs if name != OURS]
+        fastest = min(peers, key=lambda name: self.graphs[name].median_ms, default=OURS)
+        return OURS in self.graphs and any(
+            self.graphs[name].median_ms < _LAUNCH_BOUND * self.timings[name].median_ms for name in (OURS, fastest)
+        )
+
+    @property
+    def judged(self) -> Mapping[str, Timing]:
+        """The replays of a launch-bound case, and the calls of what cannot be captured; else all calls."""
+        return {**self.timings, **self.graphs} if self.launch_bound else self.timings
+
+    def rates(self, timing: Timing) -> Rates:
+        """What a contestant of that time does of the case's least work."""
+        seconds = timing.median_ms / 1e3
+        return Rates(self.flops / seconds / 1e12, self.bytes / seconds / 1e9, self.floor_ms / timing.median_ms)
 
     @property
     def disturbed(self) -> bool:
@@ -84,15 +118,22 @@ class CaseResult:
 
     @property
     def verdict(self) -> Verdict | None:
-        """None without a target, and where a contestant that it names failed: the others would be a weaker test."""
+        """None without a target, and where a contestant that it names failed, unless that is optional: the others would be a
+        weaker test. Launch-bound calls are judged by their replays."""
         if self.target is None:
             return None
+        times = self.judged
+        if self.target.of != "peers":
+            rates = self.rates(times[OURS])
+            measured = rates.tflops if self.target.of == "TFLOP/s" else rates.of_ceiling
+            return Verdict(measured, self.target.ratio, False, self.target.of)
         named = [_named(peer, (*self.timings, *self.failed), self.name) for peer in self.target.peers]
         contestants = [name for names in named for name in names]
-        if any(name in self.failed for name in contestants):
+        ran = [name for name in contestants if name not in self.failed]
+        if not ran or (len(ran) < len(contestants) and not self.target.optional):
             return None
-        best = min(self.timings[name].median_ms for name in contestants)
-        ratio = self.ours.median_ms / best if self.target.at_most else best / self.ours.median_ms
+        best, ours = min(times[name].median_ms for name in ran), times[OURS].median_ms
+        ratio = ours / best if self.target.at_most else best / ours
         return Verdict(ratio, self.target.ratio, self.target.at_most)
 
 
@@ -113,6 +154,7 @@ class Results:
     peaks: Peaks
     cases: tuple[CaseResult, ...]
     overheads: tuple[OverheadResult, ...]
+    broken: Mapping[str, str] = field(default_factory=dict)  # the cases that have no result, and why
 
 
 # --- JSON -------------------------------------------------------------------------------------------------------------
@@ -127,6 +169,8 @@ def _summary(case: CaseResult) -> dict[str, Any]:
         "stock_disturbed": case.stock_disturbed,
         "target_ratio": None if verdict is None else verdict.ratio,
         "target_met": None if verdict is None else verdict.met,
+        "launch_bound": case.launch_bound,
+        "rates": {name: asdict(case.rates(timing)) for name, timing in case.judged.items()},
     }
 
 
@@ -148,8 +192,8 @@ def case_from(record: Mapping[str, Any]) -> CaseResult:
     fields = {name: value for name, value in record.items() if name != "summary"}
     target, stock = fields.pop("target"), fields.pop("stock")
     return CaseResult(
-        **{**fields, "timings": _timings(fields["timings"])},
-        target=None if target is None else Target(tuple(target["peers"]), target["ratio"], target["at_most"]),
+        **{**fields, "timings": _timings(fields["timings"]), "graphs": _timings(fields.get("graphs", {}))},
+        target=None if target is None else Target(**{**target, "peers": tuple(target["peers"])}),
         stock=None if stock is None else _timings(stock),
     )
 
@@ -185,6 +229,7 @@ def read(path: Path) -> Results:
             peaks=peaks_from(record["peaks"]),
             cases=tuple(case_from(entry) for entry in record["cases"]),
             overheads=tuple(overhead_from(entry) for entry in record["overheads"]),
+            broken=record.get("broken", {}),
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no JSON file of mmkernels bench: {type(error).__name__}: {error}") from None

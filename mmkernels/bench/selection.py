@@ -41,7 +41,7 @@ def select(
     Args:
         case: text that the name contains. An overhead answers to "overhead " and its name, so "overhead" selects them all.
         dtypes: names of dtypes. Overheads are about the call and not about a dtype: this filter leaves them in.
-        device: overheads are promises about CPU calls; other devices have none.
+        device: the cases that are lines there; overheads are promises about CPU calls, other devices have none.
 
     Raises:
         ValueError: an unknown family or dtype, or filters that leave nothing.
@@ -59,7 +59,7 @@ def select(
             (card, entry, dtype)
             for card in chosen
             for entry in card.bench
-            if case is None or case in entry.name
+            if device in entry.devices and (case is None or case in entry.name)
             for dtype in entry.dtypes
             if dtype in wanted
         ),
@@ -73,6 +73,6 @@ def select(
     if len(selection) == 0:
         filters = {"family": family, "case": case, "dtype": ", ".join(dtypes or ()) or None}
         given = ", ".join(f"{name} {value!r}" for name, value in filters.items() if value is not None)
-        names = ", ".join(dict.fromkeys(entry.name for card in chosen for entry in card.bench))
+        names = ", ".join(dict.fromkeys(entry.name for card in chosen for entry in card.bench if device in entry.devices))
         raise ValueError(f"no benchmark case matches {given or 'these filters'}; there are: {names or 'none'}")
     return selection

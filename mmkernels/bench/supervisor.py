@@ -75,11 +75,14 @@ class _Collector:
     def __init__(self, report: Callable[[str], None]) -> None:
         self.report = report
         self.records: dict[str, list[Any]] = {"machine": [], "peaks": [], "case": [], "overhead": []}
+        self.broken: dict[str, str] = {}
 
     def __call__(self, event: Event) -> None:
         kind = event["event"]
         if kind == "start":
             self.report(event["what"])
+        elif kind == "broken":
+            self.broken[event["case"]] = event["error"]
         elif kind in self.records:
             self.records[kind].append(event.get("result", event.get(kind)))
 
@@ -109,9 +112,12 @@ def measure(request: Request, allocator: str, report: Callable[[str], None]) -> 
     if both:
         stock = _Collector(lambda what: report(f"{what}, stock allocator"))
         run_worker(replace(request, overheads=False), "stock", stock)
+        judged.broken |= stock.broken
+        again = {(case.name, case.dtype): case for case in stock.cases}
         cases = [
-            replace(case, stock=again.timings, stock_preemptions=again.preemptions)
-            for case, again in zip(cases, stock.cases, strict=True)
+            replace(case, stock=other.timings, stock_preemptions=other.preemptions)
+            for case in cases
+            if (other := again.get((case.name, case.dtype))) is not None
         ]
     return Results(
         device=request.device,
@@ -121,4 +127,5 @@ def measure(request: Request, allocator: str, report: Callable[[str], None]) -> 
         peaks=judged.peaks,
         cases=tuple(cases),
         overheads=tuple(overhead_from(record) for record in judged.records["overhead"]),
+        broken=judged.broken,
     )

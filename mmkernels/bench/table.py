@@ -106,12 +106,14 @@ def _verdict(case: CaseResult) -> Text:
     if verdict is None:
         return Text("not judged" if case.target else "")
     sign, word = "≤" if verdict.at_most else "≥", "met" if verdict.met else "MISSED"
-    text = f"{verdict.ratio:.2f}{sign}{verdict.limit:g} {word}{'?' if case.disturbed else ''}"
+    unit = {"peers": "", "floor": " of floor"}.get(verdict.of, f" {verdict.of}")
+    ratio = f"{verdict.ratio:.0f}" if verdict.ratio >= 100 else f"{verdict.ratio:.2f}"
+    text = f"{ratio}{sign}{verdict.limit:g}{unit} {word}{'?' if case.disturbed else ''}"
     return Text(text, style="green" if verdict.met else "bold red")
 
 
 def _main(results: Results) -> Table:
-    both = results.allocator == "both"
+    both, rated = results.allocator == "both", results.device == "cuda"
     columns = [
         ("case", False),
         ("dtype", False),
@@ -119,20 +121,23 @@ def _main(results: Results) -> Table:
         ("ours, ms", True),
         ("best peer, ms", True),
         ("faster", True),
+        *((("TFLOP/s", True), ("GB/s", True)) if rated else ()),
         ("floor", True),
         ("/floor", True),
         ("target", False),
+        *((("stock", True),) if both else ()),
     ]
-    table = _table("Times", [*columns, ("stock", True)] if both else columns)
+    table = _table("Times" + ("; g: of a CUDA graph, where launching takes most of a call" if rated else ""), columns)
     for case, name in _rows(results.cases, table):
         peer = case.best_peer
         cells: list[str | Text] = [
             name,
             _short(case.dtype),
             case.kernel,
-            _spread(case.ours),
-            "" if peer is None else f"{peer} {_median(case.timings[peer])}",
+            _spread(case.judged[OURS]) + (" g" if case.launch_bound else ""),
+            "" if peer is None else f"{peer} {_median(case.judged[peer])}",
             _times(case.ratio),
+            *(_rates(case, case.judged[OURS]) if rated else ()),
             _number(case.floor_ms),
             _times(case.over_floor),
             _verdict(case),
@@ -140,6 +145,32 @@ def _main(results: Results) -> Table:
         stock = _median((case.stock or {}).get(OURS)) + ("?" if case.stock_disturbed else "")
         _add(table, [*cells, stock] if both else cells)
     return table
+
+
+def _rates(case: CaseResult, timing: Timing) -> tuple[str, str]:
+    rates = case.rates(timing)
+    return _number(rates.tflops) if case.flops else "", _number(rates.gbps)
+
+
+def _graphs_and_rates(family: str, cases: Sequence[CaseResult]) -> Iterator[Table]:
+    """What only a GPU has: replays of short calls, and every contestant's rates beside the ceilings."""
+    names = list(dict.fromkeys(name for case in cases for name in case.timings))
+    columns = [("case", False), ("dtype", False), *((name, True) for name in names)]
+    short = [case for case in cases if case.graphs]
+    if short:
+        table = _table(f"Short calls of {family} from CUDA graphs: median ms", columns)
+        for case, shown in _rows(short, table):
+            _add(table, [shown, _short(case.dtype), *(_median(case.graphs.get(name)) for name in names)])
+        yield table
+    table = _table(f"Rates of {family}: TFLOP/s, GB/s, part of what the ceilings allow", columns)
+    for case, shown in _rows(cases, table):
+        cells = []
+        for name in names:
+            timing = case.judged.get(name)
+            rates = () if timing is None else (*_rates(case, timing), f"{case.rates(timing).of_ceiling:.0%}")
+            cells.append(" ".join(text for text in rates if text))
+        _add(table, [shown, _short(case.dtype), *cells])
+    yield table
 
 
 def _contestants(family: str, cases: Sequence[CaseResult], *, stock: bool) -> Table:
@@ -196,11 +227,16 @@ def show(results: Results, comparison: Comparison | None, console: Console) -> N
             for stock in (False, True) if results.allocator == "both" else (False,):
                 console.print()
                 console.print(_contestants(family, cases, stock=stock))
+            for extra in _graphs_and_rates(family, cases) if results.device == "cuda" else ():
+                console.print()
+                console.print(extra)
         disturbed = sum(case.disturbed or case.stock_disturbed for case in results.cases)
         if disturbed:
             console.print()
             share = f"{disturbed} of {len(results.cases)} cases"
             line(f"Other programs disturbed {share} (marked with ?): measure again on an idle machine.", style="bold red")
+    for name, error in results.broken.items():
+        line(f"BROKEN: {name}: {error}", style="bold red")
     for case in results.cases:
         for name, error in case.failed.items():
             line(f"failed: {case.name} {case.dtype}, {name}: {error}", style="bold red")

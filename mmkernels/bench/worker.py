@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from mmkernels.bench.contest import Contest
+from mmkernels.bench.contest import Contest, one_line
+from mmkernels.bench.graphs import is_short, replayed
 from mmkernels.bench.machine import this_machine
 from mmkernels.bench.measure import clock_of, interleave
 from mmkernels.bench.overheads import measure_overhead
@@ -41,6 +42,7 @@ class Request:
     seconds: float = 2.0
     seed: int = 0
     overheads: bool = True
+    limit_s: float | None = None  # no case starts later than this
 
 
 def _preemptions() -> int:
@@ -54,6 +56,9 @@ def measure_case(card: Card, case: BenchCase, dtype: torch.dtype, request: Reque
     preempted, start = _preemptions(), time.perf_counter()
     with contest.grad_mode():
         timings = interleave(contest.steps, request.seconds, clock=clock_of(request.device), seed=request.seed)
+        graphs = {}
+        if torch.device(request.device).type == "cuda" and is_short(timings):
+            graphs = replayed(contest.steps, request.seconds, seed=request.seed)
     preemptions = (_preemptions() - preempted) / (time.perf_counter() - start) / torch.get_num_threads()
     name = dtype_name(dtype)
     return CaseResult(
@@ -69,19 +74,31 @@ def measure_case(card: Card, case: BenchCase, dtype: torch.dtype, request: Reque
         floor_ms=ceilings.floor_ms(contest.cost.flops, contest.cost.bytes, name),
         preemptions=round(preemptions, 2),
         target=case.target,
+        graphs=graphs,
     )
 
 
 def events(request: Request, cards: Sequence[Card]) -> Iterator[Event]:
-    """The run as a stream: machine, peaks, then for each case or overhead what starts and what came out, and done."""
+    """The run as a stream: machine, peaks, then for each case or overhead what starts and what came out, and done. A case
+    in which our own op raises, or that the limit leaves no time for, is broken; the others are measured all the same."""
     chosen = select(cards, family=request.family, case=request.case, dtypes=request.dtypes, device=request.device)
     yield {"event": "machine", "machine": asdict(this_machine(request.device))}
     yield {"event": "start", "what": "peaks of this machine"}
     ceilings = peaks(request.device)
     yield {"event": "peaks", "peaks": asdict(ceilings)}
+    end = float("inf") if request.limit_s is None else time.perf_counter() + request.limit_s
     for card, case, dtype in chosen.cases:
+        if time.perf_counter() > end:
+            error = f"not measured within the limit of {request.limit_s:g} s"
+            yield {"event": "broken", "case": f"{case.name} {dtype_name(dtype)}", "error": error}
+            continue
         yield {"event": "start", "what": f"{case.name} {dtype_name(dtype)}"}
-        yield {"event": "case", "result": asdict(measure_case(card, case, dtype, request, ceilings))}
+        try:
+            result = measure_case(card, case, dtype, request, ceilings)
+        except Exception as error:
+            yield {"event": "broken", "case": f"{case.name} {dtype_name(dtype)}", "error": one_line(error)}
+            continue
+        yield {"event": "case", "result": asdict(result)}
     for card, overhead in chosen.overheads if request.overheads else ():
         yield {"event": "start", "what": overhead.name}
         yield {"event": "overhead", "result": asdict(measure_overhead(card, overhead, request.seconds, seed=request.seed))}

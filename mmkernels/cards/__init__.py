@@ -8,7 +8,7 @@ from functools import cache
 
 from mmkernels.cards.card import Card
 
-_SHARED = ("card", "heads")  # what cards are made of: no families
+_SHARED = ("attention_gpu", "card", "heads", "peers")  # what cards are made of: no families
 
 
 @cache

@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmkernels.cards.card import BadInput, BenchCase, Call, Card, Cost, Make, Sample, Target
+from mmkernels.cards import attention_gpu
+from mmkernels.cards.card import BadInput, BenchCase, Call, Card, Make, Sample, Target
 from mmkernels.cards.heads import (
     STRIDED_HEADS,
+    attention_cost,
     bad,
     bad_beside,
     bad_lengths,
@@ -22,6 +24,7 @@ from mmkernels.cards.heads import (
     strided,
     with_named,
 )
+from mmkernels.cards.peers import plain, sdpa
 from mmkernels.ops import attention as ops
 from mmkernels.reference import attention as reference
 
@@ -404,15 +407,6 @@ _BAD = (
 # --- benchmark --------------------------------------------------------------------------------------------------------
 # The peers are what a model would have: torch's own attention, and the formula written out. Grouped queries are folded into
 # rows of one head, which is the fastest way that torch has for few of them.
-def _eager_plain(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None) -> Tensor:
-    scores = (q * q.size(-1) ** -0.5) @ k.transpose(-1, -2)
-    return (scores if bias is None else scores + bias).softmax(-1) @ v
-
-
-def _eager_sdpa(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, is_causal: bool = False) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=is_causal)
-
-
 def _eager_grouped_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
 
@@ -426,26 +420,13 @@ def _of_fixed_bias(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda q, k, v, *, bias: function(q, k, v, bias=bias.detach())
 
 
-def _cost(call: Call, *, backward: bool) -> Cost:
-    """Two products forward, five backward; every operand, the output and their gradients once a pass."""
-    (q, k, v), bias = call.args, call.kwargs.get("bias")
-    products = 2 * q.numel() // q.size(-1) * k.size(2) * (q.size(-1) + v.size(-1))
-    if call.kwargs.get("is_causal"):
-        products /= 2
-    operands = sum(x.numel() * x.element_size() for x in (q, k, v, bias) if x is not None)
-    out = q.numel() // q.size(-1) * v.size(-1) * q.element_size()
-    if backward:
-        return Cost(flops=3.5 * products, bytes=float(3 * operands + 3 * out))
-    return Cost(flops=float(products), bytes=float(operands + out))
-
-
-_PEERS: dict[str, Callable[..., Tensor]] = {"sdpa": _eager_sdpa, "plain": _eager_plain}
+_PEERS: dict[str, Callable[..., Tensor]] = {"sdpa": sdpa, "plain": plain}
 # Where the scores of the formula written out, and their copies, are gigabytes, and it is far behind.
-_SDPA: dict[str, Callable[..., Tensor]] = {"sdpa": _eager_sdpa}
+_SDPA: dict[str, Callable[..., Tensor]] = {"sdpa": sdpa}
 _GROUPED: dict[str, Callable[..., Tensor]] = {
     "sdpa": _eager_grouped_sdpa,
-    "folded": _folded(_eager_sdpa),
-    "plain": _folded(_eager_plain),
+    "folded": _folded(sdpa),
+    "plain": _folded(plain),
 }
 
 
@@ -467,7 +448,7 @@ def _bench(
             make,
             run,
             peers,
-            lambda call: _cost(call, backward=backward),
+            lambda call: attention_cost(call, backward=backward),
             dtypes=(dtype,),
             backward=backward,
             compiled_peers=compiled,
@@ -558,6 +539,7 @@ _BENCH = (
         for name, ratios in _LEARNED_BIAS.items()
         for case in _bench(f"{name}.learned", _SIZES[name], ratios, backward=True)
     ),
+    *attention_gpu.BENCH,
 )
 
 CARDS = (

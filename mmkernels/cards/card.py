@@ -41,6 +41,12 @@ class Call:
 Make = Callable[[torch.device, torch.dtype, torch.Generator], Call]
 
 
+def drawer(device: torch.device, dtype: torch.dtype, g: torch.Generator) -> Callable[..., Tensor]:
+    """randn of a shape on the device itself, seeded as `g` is: a call that fills a GPU would take the CPU seconds."""
+    own = torch.Generator(device).manual_seed(g.initial_seed())
+    return lambda *shape: torch.randn(shape, generator=own, device=device, dtype=dtype)
+
+
 def with_argument(make: Make, position: int, change: Callable[[Tensor], Any]) -> Make:
     """The same call with another argument there: x strided, a weight transposed, what is no tensor at all."""
 
@@ -111,16 +117,26 @@ class Cost:
 
 @dataclass(frozen=True)
 class Target:
-    """A promise: at least `ratio` times as fast as the best of `peers`; or, `at_most`, at most `ratio` times as long."""
+    """A promise: at least `ratio` times as fast as the best of `peers`; or, `at_most`, at most `ratio` times as long.
+
+    `of` "TFLOP/s": at least so many, whatever peers do; "floor": at least this part of the floor's speed, which is that of a
+    copy where nothing is computed. `optional`: a peer that cannot run is left out, as long as another can; without it,
+    nothing is judged then.
+    """
 
     peers: tuple[str, ...]
     ratio: float
     at_most: bool = False
+    of: str = "peers"
+    optional: bool = False
 
 
 @dataclass(frozen=True)
 class BenchCase:
-    """One line of the benchmark. `run` and each peer take the call; backward is included where `backward` is true."""
+    """One line of the benchmark. `run` and each peer take the call; backward is included where `backward` is true.
+
+    `devices`: where it is a line; sizes that fill one kind leave the other nothing to do, or far too much.
+    """
 
     name: str
     make: Make
@@ -131,6 +147,7 @@ class BenchCase:
     backward: bool = False
     compiled_peers: tuple[str, ...] = ()  # peers that also run through torch.compile, as "compile"
     target: Target | None = None
+    devices: tuple[str, ...] = ("cpu", "cuda")
 
 
 @dataclass(frozen=True)

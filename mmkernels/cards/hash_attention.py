@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmkernels.cards import peers
 from mmkernels.cards.card import (
     BadInput,
     BenchCase,
@@ -427,6 +428,52 @@ _AGAINST_SOFTMAX = BenchCase(
 )
 
 
+# The first stage of PVTv2-B0 for as many images as no cache of a GPU holds: against the formula, and against softmax.
+_GPU_SIZES = (256, 1, 3136, 32)
+
+
+def _on_gpu(
+    op: Callable[..., Any],
+    make: Make,
+    run: Callable[..., Any],
+    contestants: dict[str, Callable[..., Any]],
+    cost: Callable[[Call], Cost],
+    ratio: float,
+    suffix: str = "",
+) -> BenchCase:
+    return BenchCase(
+        f"{op.__name__}.gpu.{_name(_GPU_SIZES)}{suffix}",
+        make,
+        run,
+        contestants,
+        cost,
+        dtypes=(torch.bfloat16,),
+        target=Target(tuple(dict.fromkeys(name.partition(":")[0] for name in contestants)), ratio, optional=True),
+        devices=("cuda",),
+    )
+
+
+_ECOFORMER_GPU = tuple(
+    _on_gpu(
+        ops.ecoformer_attention,
+        _ecoformer(*_GPU_SIZES, _GPU_SIZES[3], supports=_SUPPORTS, bits=_BITS, clear=False),
+        ops.ecoformer_attention,
+        *against,
+    )
+    for against in (
+        ({"eager": _plain}, _ecoformer_cost, 5.0),
+        (peers.of_each_kernel(lambda qk, v, *functions: peers.sdpa(qk, qk, v)), _ecoformer_cost, 1.0, ".softmax"),
+    )
+)
+_ATTENTION_GPU = tuple(
+    _on_gpu(ops.hash_attention, _codes_and_signs(*_GPU_SIZES, _BITS), _of_codes, *against)
+    for against in (
+        ({"eager": _of_signs}, _attention_cost, 5.0),
+        (peers.of_each_kernel(lambda codes, signs, v: peers.sdpa(v, v, v)), _attention_cost, 1.0, ".softmax"),
+    )
+)
+
+
 def _tiny(make: Make) -> Callable[[], Call]:
     return lambda: make(torch.device("cpu"), torch.float32, torch.Generator().manual_seed(0))
 
@@ -451,6 +498,7 @@ CARDS = (
         bench=(
             *(_bench_ecoformer(sizes, backward=backward) for backward in (False, True) for sizes in _SIZES),
             _AGAINST_SOFTMAX,
+            *_ECOFORMER_GPU,
         ),
         overheads=(
             _overhead("ecoformer_attention", _ecoformer(1, 1, 2, 4, 4, supports=2, bits=2), ops.ecoformer_attention, 25.0),
@@ -469,7 +517,7 @@ CARDS = (
         systems=_SYSTEMS,
         summary="linear attention of binary codes, by additions",
         twice_differentiable=True,
-        bench=tuple(_bench_attention(sizes) for sizes in _SIZES),
+        bench=(*(_bench_attention(sizes) for sizes in _SIZES), *_ATTENTION_GPU),
         overheads=(_overhead("hash_attention", _attention(1, 1, 2, 2, 4, 2), ops.hash_attention, 20.0),),
     ),
     Card(

@@ -1,4 +1,4 @@
-"""Samples and bad inputs of ops on heads: q, k and v [B, H, L, D], or packed [T, H, D]."""
+"""Samples, bad inputs and costs of ops on heads: q, k and v [B, H, L, D], or packed [T, H, D]."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkernels.cards.card import BadInput, Call, Make
+from mmkernels.cards.card import BadInput, Call, Cost, Make
 
 OPERANDS = ("q", "k", "v")
 
@@ -90,3 +90,16 @@ def bad_lengths(packed: Make, name: str) -> tuple[BadInput, ...]:
         bad(packed, name, "on another device", lambda x: x.to("meta"), ValueError),
         bad(packed, name, "of another number of sequences", lambda x: x[:2], ValueError, "cu_seqlens_k"),
     )
+
+
+def attention_cost(call: Call, *, backward: bool) -> Cost:
+    """Two products forward, five backward; every operand, the output and their gradients once a pass."""
+    (q, k, v), bias = call.args, call.kwargs.get("bias")
+    products = 2 * q.numel() // q.size(-1) * k.size(2) * (q.size(-1) + v.size(-1))
+    if call.kwargs.get("is_causal"):
+        products /= 2
+    operands = sum(x.numel() * x.element_size() for x in (q, k, v, bias) if x is not None)
+    out = q.numel() // q.size(-1) * v.size(-1) * q.element_size()
+    if backward:
+        return Cost(flops=3.5 * products, bytes=float(3 * operands + 3 * out))
+    return Cost(flops=float(products), bytes=float(operands + out))

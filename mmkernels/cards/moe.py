@@ -22,6 +22,7 @@ from mmkernels.cards.card import (
     bad_argument,
     bad_keyword,
     bias_dtype,
+    drawer,
     with_argument,
 )
 from mmkernels.ops import moe as ops
@@ -353,6 +354,35 @@ _MOE_BENCH = (
 )
 
 
+# Experts that fill a GPU: of 128, 8 a token, as language models of some thirty billion parameters have them.
+def _gpu_call(tokens: int, experts: int, slots: int, channels: int, hidden: int) -> Make:
+    def make(device: torch.device, dtype: torch.dtype, g: torch.Generator) -> Call:
+        draw = drawer(device, dtype, g)
+        weights, ids = draw(tokens, experts).float().softmax(-1).topk(slots)
+        w_in, w_gate = (draw(experts, hidden, channels) * channels**-0.5 for _ in range(2))
+        w_out = draw(experts, channels, hidden) * hidden**-0.5
+        routing = Routing(ids, weights, experts, ids.numel())
+        return Call((draw(tokens, channels), routing, w_in, w_out, None, None), {"w_gate": w_gate, "activation": "silu"})
+
+    return make
+
+
+_MOE_GPU = tuple(
+    BenchCase(
+        f"moe_mlp.gpu.T{tokens}_E128_k8{'.backward' if backward else ''}",
+        _gpu_call(tokens, 128, 8, 2048, 768),
+        ops.moe_mlp,
+        {"grouped_mm": _grouped_mm},
+        _moe_cost(3 if backward else 1),
+        dtypes=(torch.bfloat16,),
+        backward=backward,
+        target=Target((), tflops, of="TFLOP/s"),
+        devices=("cuda",),
+    )
+    for tokens, backward, tflops in ((32768, False, 330.0), (32768, True, 260.0), (8192, False, 290.0))
+)
+
+
 def _masked(x: Tensor, ids: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """A loop over boolean masks, as MoT and Mixture-of-Mamba have it."""
     out = x.new_empty((*x.shape[:-1], weight.size(1)))
@@ -398,7 +428,7 @@ CARDS = (
         dtypes=DTYPES,
         systems=_MOE_SYSTEMS,
         summary="sparse experts, plain or gated, without padding, drops or atomics; weights packed once, int8 too",
-        bench=_MOE_BENCH,
+        bench=(*_MOE_BENCH, *_MOE_GPU),
     ),
     Card(
         name="grouped_linear",

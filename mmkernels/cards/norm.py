@@ -20,6 +20,7 @@ from mmkernels.cards.card import (
     Overhead,
     Sample,
     Target,
+    drawer,
     with_argument,
 )
 from mmkernels.ops import norm as ops
@@ -288,6 +289,41 @@ def _bench(
     )
 
 
+# Rows that no cache of a GPU holds; what is promised of them is the bandwidth of a copy.
+_GPU_ROWS, _GPU_CHANNELS = 131072, 1024
+
+
+def _norm_on_gpu(*, added: bool, has_bias: bool) -> Make:
+    def make(device: torch.device, dtype: torch.dtype, g: torch.Generator) -> Call:
+        draw = drawer(device, dtype, g)
+        rows = [draw(_GPU_ROWS, _GPU_CHANNELS) for _ in range(1 + added)]
+        return Call((*rows, *(draw(_GPU_CHANNELS) for _ in range(1 + has_bias))))
+
+    return make
+
+
+def _modulate_on_gpu(device: torch.device, dtype: torch.dtype, g: torch.Generator) -> Call:
+    draw = drawer(device, dtype, g)
+    shape = (_GPU_ROWS // 256, 256, _GPU_CHANNELS)
+    return Call((draw(*shape), *(draw(shape[0], _GPU_CHANNELS) for _ in range(2))))
+
+
+def _on_gpu(
+    op: Callable[..., Any], make: Make, peer: Callable[..., Any], tensors: int, *, backward: bool = False
+) -> BenchCase:
+    return BenchCase(
+        f"{op.__name__}.gpu.{_GPU_ROWS}x{_GPU_CHANNELS}{'.backward' if backward else ''}",
+        make,
+        op,
+        {"eager": peer},
+        lambda call: _moved(call, tensors),
+        dtypes=_HALF,
+        backward=backward,
+        target=None if backward else Target((), 0.85, of="floor"),
+        devices=("cuda",),
+    )
+
+
 def _tiny() -> Call:
     return Call((torch.randn(2, 8, 4), torch.randn(4), torch.randn(4)))
 
@@ -328,13 +364,18 @@ CARDS = (
         dtypes=ops.DTYPES,
         systems=_VITS,
         summary="LayerNorm over the last dimension",
-        bench=_bench(
-            "layer_norm.1576x768",
-            _layer_norm_call(1576, 768),
-            ops.layer_norm,
-            {"eager": reference.layer_norm},
-            2,
-            (1.0, 1.0),
+        bench=(
+            *_bench(
+                "layer_norm.1576x768",
+                _layer_norm_call(1576, 768),
+                ops.layer_norm,
+                {"eager": reference.layer_norm},
+                2,
+                (1.0, 1.0),
+            ),
+            _on_gpu(ops.layer_norm, _norm_on_gpu(added=False, has_bias=True), reference.layer_norm, 2),
+            # forward 1 + 1; backward reads x and a gradient, and writes one
+            _on_gpu(ops.layer_norm, _norm_on_gpu(added=False, has_bias=True), reference.layer_norm, 5, backward=True),
         ),
         overheads=(
             Overhead("layer_norm call, no gradient", _tiny, ops.layer_norm, grad=False, limit_us=10.0),
@@ -353,17 +394,20 @@ CARDS = (
         dtypes=ops.DTYPES,
         systems=_LLMS,
         summary="RMS norm over the last dimension",
-        bench=tuple(
-            case
-            for name, shape in _ROWS
-            for case in _bench(
-                f"rms_norm.{name}",
-                _rms_norm_call(*shape),
-                ops.rms_norm,
-                {"eager": reference.rms_norm, "by hand": _eager_rms_norm_by_hand},
-                2,
-                (1.0, 1.0),
-            )
+        bench=(
+            *(
+                case
+                for name, shape in _ROWS
+                for case in _bench(
+                    f"rms_norm.{name}",
+                    _rms_norm_call(*shape),
+                    ops.rms_norm,
+                    {"eager": reference.rms_norm, "by hand": _eager_rms_norm_by_hand},
+                    2,
+                    (1.0, 1.0),
+                )
+            ),
+            _on_gpu(ops.rms_norm, _norm_on_gpu(added=False, has_bias=False), reference.rms_norm, 2),
         ),
     ),
     Card(
@@ -383,23 +427,26 @@ CARDS = (
         dtypes=ops.DTYPES,
         systems=_VITS,
         summary="residual sum and its LayerNorm, in one pass that writes both",
-        bench=tuple(
-            case
-            for name, shape, suffix, tensors, backward, ratios in (
-                ("1576x768", (1576, 768), "", 4, False, (1.15, 1.5)),
-                ("25088x96", (25088, 96), "", 4, False, (1.15, 1.5)),
-                # forward 2 + 2; backward reads the sum and two gradients, and writes one
-                ("1576x768", (1576, 768), ".backward", 8, True, (1.15, 1.5)),
-            )
-            for case in _bench(
-                f"add_layer_norm.{name}{suffix}",
-                _add_layer_norm_call(*shape),
-                ops.add_layer_norm,
-                {"eager": reference.add_layer_norm},
-                tensors,
-                ratios,
-                backward=backward,
-            )
+        bench=(
+            *(
+                case
+                for name, shape, suffix, tensors, backward, ratios in (
+                    ("1576x768", (1576, 768), "", 4, False, (1.15, 1.5)),
+                    ("25088x96", (25088, 96), "", 4, False, (1.15, 1.5)),
+                    # forward 2 + 2; backward reads the sum and two gradients, and writes one
+                    ("1576x768", (1576, 768), ".backward", 8, True, (1.15, 1.5)),
+                )
+                for case in _bench(
+                    f"add_layer_norm.{name}{suffix}",
+                    _add_layer_norm_call(*shape),
+                    ops.add_layer_norm,
+                    {"eager": reference.add_layer_norm},
+                    tensors,
+                    ratios,
+                    backward=backward,
+                )
+            ),
+            _on_gpu(ops.add_layer_norm, _norm_on_gpu(added=True, has_bias=True), reference.add_layer_norm, 4),
         ),
     ),
     Card(
@@ -418,13 +465,16 @@ CARDS = (
         dtypes=ops.DTYPES,
         systems=_LLMS,
         summary="residual sum and its RMS norm, in one pass that writes both",
-        bench=_bench(
-            "add_rms_norm.1576x768",
-            _add_rms_norm_call(1576, 768),
-            ops.add_rms_norm,
-            {"eager": reference.add_rms_norm},
-            4,
-            (1.0, 1.0),
+        bench=(
+            *_bench(
+                "add_rms_norm.1576x768",
+                _add_rms_norm_call(1576, 768),
+                ops.add_rms_norm,
+                {"eager": reference.add_rms_norm},
+                4,
+                (1.0, 1.0),
+            ),
+            _on_gpu(ops.add_rms_norm, _norm_on_gpu(added=True, has_bias=False), reference.add_rms_norm, 4),
         ),
     ),
     Card(
@@ -456,6 +506,7 @@ CARDS = (
                 4,
                 (1.0, 1.0),
             ),
+            _on_gpu(ops.modulate, _modulate_on_gpu, lambda x, shift, scale: reference.modulate(x, shift, scale), 2),
         ),
     ),
 )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkernels.cards.card import BadInput, BenchCase, Call, Card, Cost, Make, Overhead, Sample, Target
+from mmkernels.cards.card import BadInput, BenchCase, Call, Card, Cost, Make, Overhead, Sample, Target, drawer
 from mmkernels.ops import qk_norm_rope as ops
 from mmkernels.reference import qk_norm_rope as reference
 
@@ -229,6 +229,31 @@ _LLAMA_PEERS = {"eager": reference.qk_norm_rope, "by hand": _by_hand}
 _VIT = _call(8, (12, 12), 197, 64, norm="layer", layout="packed")
 
 
+# Of a language model with 8 heads of keys, in a number that no cache of a GPU holds: batch, length, channels.
+_GPU_SIZES = (16, 4096, 128)
+
+
+def _on_gpu(device: torch.device, dtype: torch.dtype, g: torch.Generator) -> Call:
+    draw = drawer(device, dtype, g)
+    batch, length, channels = _GPU_SIZES
+    q, k = (draw(batch, heads, length, channels) for heads in (32, 8))
+    weights = {name: 1 + 0.1 * draw(channels) for name in ("q_weight", "k_weight")}
+    return Call((q, k, *_angles(draw, length, channels // 2)), weights)
+
+
+_GPU = BenchCase(
+    "qk_norm_rope.gpu.16x32of8x4096x128",
+    _on_gpu,
+    ops.qk_norm_rope,
+    {"by hand": _by_hand},
+    lambda call: _moved(call, 2),
+    dtypes=(torch.bfloat16,),
+    compiled_peers=("by hand",),
+    target=Target((), 0.85, of="floor"),
+    devices=("cuda",),
+)
+
+
 def _tiny() -> Call:
     return Call((torch.randn(1, 2, 3, 8), torch.randn(1, 1, 3, 8), torch.randn(3, 4), torch.randn(3, 4)))
 
@@ -250,6 +275,7 @@ CARDS = (
             *_bench("qk_norm_rope.llama", _LLAMA, _LLAMA_PEERS, 2, (0.8, 1.0), backward=False),
             *_bench("qk_norm_rope.llama.backward", _LLAMA, _LLAMA_PEERS, 5, (1.0, 1.0), backward=True),
             *_bench("qk_norm_rope.vit", _VIT, {"eager": reference.qk_norm_rope}, 2, (1.0, 1.0), backward=False),
+            _GPU,
         ),
         overheads=(
             Overhead("qk_norm_rope call, no gradient", _tiny, ops.qk_norm_rope, grad=False, limit_us=12.0),

@@ -20,6 +20,7 @@ from mmkernels.cards.card import (
     Overhead,
     Sample,
     Target,
+    drawer,
     with_argument,
 )
 from mmkernels.ops import token_roll as ops
@@ -213,6 +214,58 @@ _NORM_BENCH = tuple(
 )
 
 
+# Videos that no cache of a GPU holds.
+_GPU_SHAPE, _GPU_FRAMES = (1024, 197, 768), 8
+
+
+def _on_gpu(device: torch.device, dtype: torch.dtype, g: torch.Generator) -> Call:
+    return Call((drawer(device, dtype, g)(*_GPU_SHAPE), _GPU_FRAMES))
+
+
+def _norm_on_gpu(device: torch.device, dtype: torch.dtype, g: torch.Generator) -> Call:
+    draw = drawer(device, dtype, g)
+    channels = _GPU_SHAPE[-1]
+    return Call((draw(*_GPU_SHAPE), _GPU_FRAMES, 1 + 0.1 * draw(channels), 0.1 * draw(channels), _EPS))
+
+
+def _gpu_case(
+    name: str,
+    make: Make,
+    run: Callable[..., Any],
+    peers: dict[str, Callable[..., Any]],
+    moves: tuple[int, int],
+    *,
+    backward: bool = False,
+) -> BenchCase:
+    return BenchCase(
+        f"{name}.gpu.{'x'.join(map(str, _GPU_SHAPE))}{'.backward' if backward else ''}",
+        make,
+        run,
+        peers,
+        lambda call: _moved(call, *moves),
+        dtypes=(torch.bfloat16,),
+        backward=backward,
+        target=None if backward else Target((), 0.85, of="floor"),
+        devices=("cuda",),
+    )
+
+
+_ROLL_GPU = _gpu_case(
+    "token_roll", _on_gpu, ops.token_roll, {"clone": lambda x, num_frames: x.clone(), "eager": _torch_roll}, (1, 1)
+)
+_NORM_GPU = tuple(
+    _gpu_case(
+        "token_roll_layer_norm",
+        _norm_on_gpu,
+        ops.token_roll_layer_norm,
+        {"eager": _torch_roll_layer_norm},
+        moves,
+        backward=backward,
+    )
+    for moves, backward in (((1, 2), False), ((4, 3), True))
+)
+
+
 def _tiny() -> Call:
     return Call((torch.randn(2, 8, 4), 2))
 
@@ -236,7 +289,7 @@ CARDS = (
         systems=_SYSTEMS,
         summary="rolls some tokens of every frame to a neighbouring frame",
         twice_differentiable=True,
-        bench=_ROLL_BENCH,
+        bench=(*_ROLL_BENCH, _ROLL_GPU),
         overheads=_OVERHEADS,
     ),
     Card(
@@ -258,6 +311,6 @@ CARDS = (
         dtypes=ops.DTYPES,
         systems=_SYSTEMS,
         summary="token_roll and the LayerNorm after it, in one pass that writes both",
-        bench=_NORM_BENCH,
+        bench=(*_NORM_BENCH, *_NORM_GPU),
     ),
 )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmkernels.cards import peers
 from mmkernels.cards.card import (
     BadInput,
     BenchCase,
@@ -19,6 +20,7 @@ from mmkernels.cards.card import (
     Overhead,
     Sample,
     Target,
+    drawer,
     with_argument,
 )
 from mmkernels.ops import window_attention as ops
@@ -222,6 +224,65 @@ def _bench(name: str, make: Make) -> tuple[BenchCase, ...]:
     )
 
 
+def _flex(qkv: Tensor, rel_bias_table: Tensor, *, window: Sequence[int], shift: Sequence[int], num_heads: int) -> Tensor:
+    """The same with FlexAttention, which adds biases and masks as it makes the scores; for grids that windows divide."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    grid, axes, tokens = qkv.shape[1:-1], tuple(range(1, qkv.dim() - 1)), math.prod(window)
+    pieces = [part for size, extent in zip(grid, window, strict=True) for part in (size // extent, extent)]
+    split = (0, *range(1, len(pieces) + 1, 2), *range(2, len(pieces) + 1, 2), len(pieces) + 1)
+    x = torch.roll(qkv, [-step for step in shift], axes).reshape(qkv.size(0), *pieces, -1).permute(split)
+    q, k, v = x.reshape(-1, tokens, 3, num_heads, qkv.size(-1) // (3 * num_heads)).permute(2, 0, 3, 1, 4).unbind(0)
+    bias = rel_bias_table[reference.relative_position_index(window, tokens, qkv.device)].permute(2, 0, 1).contiguous()
+    _, region = reference.placement(grid, window, shift, False, qkv.device)
+
+    def add(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        of_window = b % region.size(0)
+        return score + bias[h, i, j] + torch.where(region[of_window, i] == region[of_window, j], 0.0, -100.0)
+
+    out = flex_attention(q, k, v, score_mod=add).transpose(1, 2).reshape(qkv.size(0), *pieces[::2], *window, -1)
+    together = [
+        axis for pair in zip(range(1, 1 + len(grid)), range(1 + len(grid), 1 + 2 * len(grid)), strict=True) for axis in pair
+    ]
+    out = out.permute(0, *together, out.dim() - 1).reshape(*qkv.shape[:-1], -1)
+    return torch.roll(out, list(shift), axes)
+
+
+def _gpu_call(batch: int, grid: Sequence[int], channels: int, heads: int, window: Sequence[int]) -> Make:
+    def make(device: torch.device, dtype: torch.dtype, g: torch.Generator) -> Call:
+        draw = drawer(device, dtype, g)
+        table = draw(math.prod(2 * extent - 1 for extent in window), heads)
+        shift = tuple(extent // 2 for extent in window)
+        return Call((draw(batch, *grid, 3 * channels), table), {"window": tuple(window), "shift": shift, "num_heads": heads})
+
+    return make
+
+
+_GPU = tuple(
+    BenchCase(
+        f"window_attention.gpu.{name}{'.backward' if backward else ''}",
+        make,
+        ops.window_attention,
+        {
+            "published": reference.pipeline,
+            **peers.of_each_kernel(reference.pipeline),
+            "flex": peers.compiled(_flex),
+        },
+        _cost(backward),
+        dtypes=(torch.bfloat16,),
+        backward=backward,
+        compiled_peers=("published",),
+        target=Target(("published", "sdpa", "flex", "compile"), ratio, optional=True),
+        devices=("cuda",),
+    )
+    for backward, ratio in ((False, 1.2), (True, 2.0))
+    for name, make in (
+        ("64x56x56", _gpu_call(64, (56, 56), 96, 3, (7, 7))),  # the first stages of Swin-T and of Swin UNETR
+        ("2x49x49x49", _gpu_call(2, (49, 49, 49), 48, 3, (7, 7, 7))),
+    )
+)
+
+
 def _tiny() -> Call:
     return _call(1, (4, 4), 8, 2, (2, 2), (1, 1))(torch.device("cpu"), torch.float32, torch.Generator())
 
@@ -242,6 +303,7 @@ CARDS = (
         bench=(
             *_bench("8x56x56", _call(8, (56, 56), 96, 3, (7, 7), (3, 3))),
             *_bench("1x35x35x35", _call(1, (35, 35, 35), 48, 3, (7, 7, 7), (3, 3, 3))),
+            *_GPU,
         ),
         overheads=(
             Overhead("window_attention call, no gradient", _tiny, ops.window_attention, grad=False, limit_us=40.0),
