@@ -14,6 +14,8 @@ namespace mmk {
 namespace {
 
 constexpr int kChunkRows = 256;
+constexpr int kUnitWarps = 8;
+constexpr int kThreads = 128;  // of kernels with a row or a number a thread
 constexpr int kMaxBits = 32;
 constexpr int kBitsOfWarp = 4;
 constexpr int kRowsOfBlock = 64;  // that output_kernel reads with one copy of S
@@ -23,6 +25,19 @@ struct Heads {
   int64_t heads, sample_stride, head_stride, row_stride;
   __host__ __device__ int64_t at(int64_t head) const { return head / heads * sample_stride + head % heads * head_stride; }
 };
+
+// A block's head and which part of it, heads having so many parts one after the other: in one dimension of the grid, the only
+// one that is as long as sizes may be.
+struct Part {
+  int64_t head, index;
+};
+
+__host__ __device__ __forceinline__ int64_t parts_of(int64_t items, int64_t a_part) { return (items + a_part - 1) / a_part; }
+
+__device__ __forceinline__ Part part_of(int64_t items, int64_t a_part) {
+  const unsigned parts = static_cast<unsigned>(parts_of(items, a_part));
+  return {blockIdx.x / parts, blockIdx.x % parts};
+}
 
 // --- hash functions -----------------------------------------------------------------------------------------------------
 // A support's row in accumulators: the anchor, padded; its column of the projection, padded to 32 bits; 1 + |a|^2; the mean.
@@ -41,10 +56,10 @@ struct Functions {
   bool anchors_are_a, projection_is_a, mean_is_a;
 };
 
-// A block a support; grid (m, H).
+// A block a support; grid (H * m).
 template <class T, class A>
 __global__ void __launch_bounds__(32) prepare_kernel(const Table table, const Functions f, A* out) {
-  const int64_t j = blockIdx.x, head = blockIdx.y;
+  const auto [head, j] = part_of(table.supports, 1);
   A* to = out + (head * table.supports + j) * table.row();
   A square = 0;
   for (int c = threadIdx.x; c < table.padded; c += 32) {
@@ -64,21 +79,38 @@ __global__ void __launch_bounds__(32) prepare_kernel(const Table table, const Fu
   }
 }
 
-// Sums of u over a chunk's rows, one warp: grid (chunks, heads). Channels go by turns of 32.
+// Sums of u over a chunk's rows; grid (heads * chunks). First a warp makes the inverse length of a row at a time; then the
+// warps share the rows, a lane a column, and their sums are added up in the warps' order.
 template <class T, class A>
-__global__ void __launch_bounds__(32) units_kernel(const Heads heads, const T* qk, int64_t rows, int channels, A* sums) {
-  const int64_t chunk = blockIdx.x, head = blockIdx.y;
-  const int64_t begin = chunk * kChunkRows, end = min(rows, begin + kChunkRows);
-  const T* from = qk + heads.at(head);
-  A* to = sums + (head * gridDim.x + chunk) * channels;
-  for (int c = threadIdx.x; c < channels; c += 32) to[c] = A(0);
-  for (int64_t row = begin; row < end; ++row) {
+__global__ void __launch_bounds__(32 * kUnitWarps)
+    units_kernel(const Heads heads, const T* qk, int64_t rows, int channels, A* sums) {
+  __shared__ A inverse[kChunkRows];
+  __shared__ A of_warps[kUnitWarps][32];
+  const auto [head, chunk] = part_of(rows, kChunkRows);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int count = static_cast<int>(min(rows - chunk * kChunkRows, static_cast<int64_t>(kChunkRows)));
+  const T* from = qk + heads.at(head) + chunk * kChunkRows * heads.row_stride;
+  for (int row = warp; row < count; row += kUnitWarps) {
     const T* x = from + row * heads.row_stride;
     A square = 0;
-    for (int c = threadIdx.x; c < channels; c += 32) square = fma(A(widen(x[c])), A(widen(x[c])), square);
+    for (int c = lane; c < channels; c += 32) square = fma(A(widen(x[c])), A(widen(x[c])), square);
     for (int offset = 16; offset > 0; offset /= 2) square += __shfl_xor_sync(0xffffffffu, square, offset);
-    const A inverse = A(1) / sqrt(square);
-    for (int c = threadIdx.x; c < channels; c += 32) to[c] = fma(A(widen(x[c])), inverse, to[c]);
+    if (lane == 0) inverse[row] = A(1) / sqrt(square);
+  }
+  __syncthreads();
+  for (int first = 0; first < channels; first += 32) {
+    const int c = first + lane;
+    A sum = 0;
+    if (c < channels)
+      for (int row = warp; row < count; row += kUnitWarps)
+        sum = fma(A(widen(from[row * heads.row_stride + c])), inverse[row], sum);
+    of_warps[warp][lane] = sum;
+    __syncthreads();
+    if (warp == 0 && c < channels) {
+      for (int i = 1; i < kUnitWarps; ++i) sum += of_warps[i][lane];
+      sums[static_cast<int64_t>(blockIdx.x) * channels + c] = sum;
+    }
+    __syncthreads();
   }
 }
 
@@ -109,10 +141,11 @@ __global__ void __launch_bounds__(32) sigma_kernel(const Table table, const A* t
 
 // A thread a row, its channels in registers where they are at most `held` (0: read again for every support).
 template <class T, class A, int held>
-__global__ void __launch_bounds__(128) hash_kernel(const Heads heads, const T* qk, int64_t rows, const Table table,
+__global__ void __launch_bounds__(kThreads) hash_kernel(const Heads heads, const T* qk, int64_t rows, const Table table,
                                                    const A* tables, const A* sigmas, int32_t* codes, int32_t* inside,
                                                    int* flags) {
-  const int64_t head = blockIdx.y, row = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  const auto [head, block] = part_of(rows, kThreads);
+  const int64_t row = block * kThreads + threadIdx.x;
   if (row >= rows) return;
   const T* x = qk + heads.at(head) + row * heads.row_stride;
   constexpr int registers = held > 0 ? held : 1;
@@ -169,12 +202,14 @@ struct State {
   __host__ __device__ int64_t size() const { return bits * width + bits + width; }
 };
 
-// Over one chunk of rows: a lane a column, a warp four bits; grid (chunks, heads, blocks of 32 columns; one where W is 0).
-// `values` may be null, and so may `scale`, which rows are multiplied by.
+// Over one chunk of rows: a lane a column, a warp four bits; grid (heads * chunks, blocks of 32 columns; one where W is 0).
+// `values` may be null, and so may `scale`, which rows are multiplied by. Two blocks a multiprocessor are asked for since ptxas
+// by itself spills for the sake of more.
 template <class T, class A>
-__global__ void __launch_bounds__(256) sum_kernel(const State state, const Heads of_codes, const int32_t* codes,
+__global__ void __launch_bounds__(256, 2) sum_kernel(const State state, const Heads of_codes, const int32_t* codes,
                                                   const Heads heads, const T* values, const A* scale, int64_t rows, A* sums) {
-  const int64_t chunk = blockIdx.x, head = blockIdx.y, column = static_cast<int64_t>(blockIdx.z) * 32 + threadIdx.x % 32;
+  const auto [head, chunk] = part_of(rows, kChunkRows);
+  const int64_t column = static_cast<int64_t>(blockIdx.y) * 32 + threadIdx.x % 32;
   const int first = static_cast<int>(threadIdx.x / 32) * kBitsOfWarp;
   const int64_t begin = chunk * kChunkRows, end = min(rows, begin + kChunkRows);
   const bool reads = values != nullptr && column < state.width;
@@ -194,7 +229,7 @@ __global__ void __launch_bounds__(256) sum_kernel(const State state, const Heads
       count[r] += set ? 1 : -1;
     }
   }
-  A* to = sums + (head * gridDim.x + chunk) * state.size();
+  A* to = sums + static_cast<int64_t>(blockIdx.x) * state.size();
 #pragma unroll
   for (int r = 0; r < kBitsOfWarp; ++r) {
     if (first + r >= state.bits) continue;
@@ -204,12 +239,13 @@ __global__ void __launch_bounds__(256) sum_kernel(const State state, const Heads
   if (reads && first == 0) to[state.total() + column] = total;
 }
 
-// Chunks in order; grid (blocks of the state, heads). `stride` from head to head of the result; behind a state of a
+// Chunks in order; grid (heads * blocks of the state). `stride` from head to head of the result; behind a state of a
 // forward pass that is kept comes sigma, NaN where a flag says that some y was.
 template <class A>
-__global__ void __launch_bounds__(128) add_up_kernel(const A* sums, int64_t chunks, int64_t size, A* out, int64_t stride,
+__global__ void __launch_bounds__(kThreads) add_up_kernel(const A* sums, int64_t chunks, int64_t size, A* out, int64_t stride,
                                                      const A* sigma, const int* flags) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x, head = blockIdx.y;
+  const auto [head, block] = part_of(size, kThreads);
+  const int64_t i = block * kThreads + threadIdx.x;
   if (i < size) {
     A total = 0;
     for (int64_t chunk = 0; chunk < chunks; ++chunk) total += sums[(head * chunks + chunk) * size + i];
@@ -219,11 +255,12 @@ __global__ void __launch_bounds__(128) add_up_kernel(const A* sums, int64_t chun
 }
 
 // --- reading ------------------------------------------------------------------------------------------------------------
-// 1 / (h.z + base) for each row; grid (blocks of rows, heads).
+// 1 / (h.z + base) for each row; grid (heads * blocks of rows).
 template <class A>
-__global__ void __launch_bounds__(128) denominator_kernel(const State state, const Heads of_codes, const int32_t* codes,
+__global__ void __launch_bounds__(kThreads) denominator_kernel(const State state, const Heads of_codes, const int32_t* codes,
                                                           const A* sums, int64_t stride, A base, int64_t rows, A* inverse) {
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x, head = blockIdx.y;
+  const auto [head, block] = part_of(rows, kThreads);
+  const int64_t row = block * kThreads + threadIdx.x;
   if (row >= rows) return;
   const unsigned code = static_cast<unsigned>(codes[of_codes.at(head) + row]);
   const A* counts = sums + head * stride + state.counts();
@@ -233,7 +270,7 @@ __global__ void __launch_bounds__(128) denominator_kernel(const State state, con
 }
 
 // out = (h S + all sum of v) p + self own q with q = inverse and p = inverse or 1. A lane a column, a warp a row at a time;
-// grid (blocks of rows, heads, blocks of 32 columns).
+// grid (heads * blocks of rows, blocks of 32 columns).
 template <class T, class A>
 __global__ void __launch_bounds__(256) output_kernel(const State state, const Heads of_codes, const int32_t* codes,
                                                      const A* sums, int64_t stride, A all, A self, const Heads heads,
@@ -241,7 +278,8 @@ __global__ void __launch_bounds__(256) output_kernel(const State state, const He
                                                      int64_t rows, T* out) {
   __shared__ A shared[kMaxBits][32];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t head = blockIdx.y, column = static_cast<int64_t>(blockIdx.z) * 32 + lane;
+  const auto [head, block] = part_of(rows, kRowsOfBlock);
+  const int64_t column = static_cast<int64_t>(blockIdx.y) * 32 + lane;
   const A* of_head = sums + head * stride;
   const bool writes = column < state.width;
   for (int r = warp; r < state.bits; r += 8) shared[r][lane] = writes ? of_head[r * state.width + column] : A(0);
@@ -249,7 +287,7 @@ __global__ void __launch_bounds__(256) output_kernel(const State state, const He
   if (!writes) return;
   const A base = all != A(0) ? all * of_head[state.total() + column] : A(0);
   const bool numbers = flags == nullptr || flags[head] == 0;
-  const int64_t begin = static_cast<int64_t>(blockIdx.x) * kRowsOfBlock, end = min(rows, begin + kRowsOfBlock);
+  const int64_t begin = block * kRowsOfBlock, end = min(rows, begin + kRowsOfBlock);
   for (int64_t row = begin + warp; row < end; row += 8) {
     const unsigned code = static_cast<unsigned>(codes[of_codes.at(head) + row]);
     A value = base;
@@ -263,15 +301,11 @@ __global__ void __launch_bounds__(256) output_kernel(const State state, const He
 }
 
 // --- launches -----------------------------------------------------------------------------------------------------------
-unsigned blocks_of(int64_t items, int64_t a_block) {
-  const int64_t blocks = (items + a_block - 1) / a_block;
-  check(blocks <= std::numeric_limits<int>::max(), "v", "the CUDA kernels take at most 2^31 - 1 blocks of rows");
-  return static_cast<unsigned>(blocks);
-}
-
-unsigned grid_of_heads(int64_t heads) {
-  check(heads <= 65535, "v", "the CUDA kernels take at most 65535 samples times heads, got ", heads);
-  return static_cast<unsigned>(heads);
+unsigned grid_of(int64_t heads, int64_t items, int64_t a_part) {
+  const int64_t parts = parts_of(items, a_part);
+  check(parts <= std::numeric_limits<int>::max() / std::max<int64_t>(1, heads), "v",
+        "the CUDA kernels take at most 2^31 - 1 blocks of rows, got ", heads, " heads of ", parts);
+  return static_cast<unsigned>(heads * parts);
 }
 
 unsigned grid_of_columns(int64_t width) {
@@ -320,21 +354,19 @@ void with_type(int dtype, const F& call) {
 
 std::int32_t wide_type(const Tensor& x) { return dtype_index(x) == 3 ? dtype_of(x) : aoti_torch_dtype_float32(); }
 
-int64_t chunks_of_rows(int64_t rows) { return (rows + kChunkRows - 1) / kChunkRows; }
-
 // The sums of all chunks, added up: [heads, stride], by default the state alone.
 template <class T, class A = typename Accumulator<T>::type>
 void launch_sum(const State& state, const Heads& of_codes, const int32_t* codes, const Heads& heads, const T* values,
                 const A* scale, int64_t all_heads, int64_t rows, A* partial, A* out, int64_t stride, const A* sigma,
                 const int* flags, cudaStream_t stream) {
-  const int64_t chunks = chunks_of_rows(rows);
+  const int64_t chunks = parts_of(rows, kChunkRows);
   const int warps = (state.bits + kBitsOfWarp - 1) / kBitsOfWarp;
   if (chunks > 0) {
-    const dim3 grid(blocks_of(rows, kChunkRows), grid_of_heads(all_heads), grid_of_columns(state.width));
+    const dim3 grid(grid_of(all_heads, rows, kChunkRows), grid_of_columns(state.width));
     sum_kernel<T, A><<<grid, 32 * warps, 0, stream>>>(state, of_codes, codes, heads, values, scale, rows, partial);
     check_launch("hash_attention");
   }
-  add_up_kernel<A><<<dim3(blocks_of(state.size(), 128), grid_of_heads(all_heads)), 128, 0, stream>>>(
+  add_up_kernel<A><<<grid_of(all_heads, state.size(), kThreads), kThreads, 0, stream>>>(
       partial, chunks, state.size(), out, stride, sigma, flags);
   check_launch("hash_attention");
 }
@@ -342,7 +374,7 @@ void launch_sum(const State& state, const Heads& of_codes, const int32_t* codes,
 template <class A>
 void launch_denominator(const State& state, const Heads& of_codes, const int32_t* codes, const A* sums, int64_t stride,
                         double base, int64_t all_heads, int64_t rows, A* inverse, cudaStream_t stream) {
-  denominator_kernel<A><<<dim3(blocks_of(rows, 128), grid_of_heads(all_heads)), 128, 0, stream>>>(
+  denominator_kernel<A><<<grid_of(all_heads, rows, kThreads), kThreads, 0, stream>>>(
       state, of_codes, codes, sums, stride, static_cast<A>(base), rows, inverse);
   check_launch("hash_attention");
 }
@@ -351,7 +383,7 @@ template <class T, class A = typename Accumulator<T>::type>
 void launch_output(const State& state, const Heads& of_codes, const int32_t* codes, const A* sums, int64_t stride,
                    double offset, const Heads& heads, const T* own, const A* inverse, bool divides, const int* flags,
                    int64_t all_heads, int64_t rows, T* out, cudaStream_t stream) {
-  const dim3 grid(blocks_of(rows, kRowsOfBlock), grid_of_heads(all_heads), grid_of_columns(state.width));
+  const dim3 grid(grid_of(all_heads, rows, kRowsOfBlock), grid_of_columns(state.width));
   output_kernel<T, A><<<grid, 256, 0, stream>>>(state, of_codes, codes, sums, stride,
                                                 own == nullptr ? static_cast<A>(offset) : A(0), static_cast<A>(offset), heads,
                                                 own, inverse, divides, flags, rows, out);
@@ -374,7 +406,7 @@ Tensor hash_attention(Tensor v, Tensor codes_q, Tensor codes_k, std::int64_t bit
   mmk_trace_record("hash_attention", "cuda");
   if (out.numel() == 0) return out;
   const OnDeviceOf device(v);
-  Tensor partial = new_tensor(v, {heads, chunks_of_rows(keys), state.size()}, wide_type(v));
+  Tensor partial = new_tensor(v, {heads, parts_of(keys, kChunkRows), state.size()}, wide_type(v));
   Tensor sums = new_tensor(v, {heads, state.size()}, wide_type(v)), inverses = new_tensor(v, {heads, queries}, wide_type(v));
   const auto* query = static_cast<const int32_t*>(codes_q.const_data_ptr());
   const auto* key = static_cast<const int32_t*>(codes_k.const_data_ptr());
@@ -412,8 +444,9 @@ Tensor hash_attention_backward(Tensor grad, Tensor codes_q, Tensor codes_k, std:
   if (out.numel() == 0) return out;
   const OnDeviceOf device(grad);
   const auto room = [&](int64_t a, int64_t b, int64_t c) { return new_tensor(grad, {a, b, c}, wide_type(grad)); };
-  Tensor partial_counts = room(heads, chunks_of_rows(keys), only_counts.size()), counts = room(heads, 1, only_counts.size());
-  Tensor partial = room(heads, chunks_of_rows(queries), state.size()), sums = room(heads, 1, state.size());
+  Tensor partial_counts = room(heads, parts_of(keys, kChunkRows), only_counts.size());
+  Tensor counts = room(heads, 1, only_counts.size());
+  Tensor partial = room(heads, parts_of(queries, kChunkRows), state.size()), sums = room(heads, 1, state.size());
   Tensor inverses = room(heads, 1, queries);
   const auto* query = static_cast<const int32_t*>(codes_q.const_data_ptr());
   const auto* key = static_cast<const int32_t*>(codes_k.const_data_ptr());
@@ -478,7 +511,7 @@ template <class T, class A = typename Accumulator<T>::type>
 void launch_hash(const Hashed& hashed, const Tensor& qk, const Tensor& anchors, const Tensor& projection, const Tensor& mean,
                  int32_t* codes, int32_t* inside, A* sigma, int* flags, cudaStream_t stream) {
   const Table& table = hashed.table;
-  const int64_t chunks = chunks_of_rows(hashed.rows), of_one_sample = qk.size(1);
+  const int64_t chunks = parts_of(hashed.rows, kChunkRows), of_one_sample = qk.size(1);
   const Heads heads = heads_of(qk, "qk", 4);
   Tensor tables = new_tensor(qk, {of_one_sample, table.supports, table.row()}, wide_type(qk));
   Tensor units = new_tensor(qk, {hashed.heads, chunks, table.channels}, wide_type(qk));
@@ -490,17 +523,16 @@ void launch_hash(const Hashed& hashed, const Tensor& qk, const Tensor& anchors, 
   A* of_tables = static_cast<A*>(tables.mutable_data_ptr());
   A* of_units = static_cast<A*>(units.mutable_data_ptr());
   const T* from = static_cast<const T*>(qk.const_data_ptr());
-  prepare_kernel<T, A><<<dim3(blocks_of(table.supports, 1), grid_of_heads(of_one_sample)), 32, 0, stream>>>(table, functions,
-                                                                                                      of_tables);
+  prepare_kernel<T, A><<<grid_of(of_one_sample, table.supports, 1), 32, 0, stream>>>(table, functions, of_tables);
   check_launch("hash_codes");
-  units_kernel<T, A><<<dim3(blocks_of(chunks, 1), grid_of_heads(hashed.heads)), 32, 0, stream>>>(
+  units_kernel<T, A><<<grid_of(hashed.heads, hashed.rows, kChunkRows), 32 * kUnitWarps, 0, stream>>>(
       heads, from, hashed.rows, table.channels, of_units);
   check_launch("hash_codes");
-  sigma_kernel<A><<<grid_of_heads(hashed.heads), 32, 0, stream>>>(table, of_tables, of_one_sample, of_units, chunks,
+  sigma_kernel<A><<<grid_of(hashed.heads, 1, 1), 32, 0, stream>>>(table, of_tables, of_one_sample, of_units, chunks,
                                                                   hashed.rows, sigma, flags);
   check_launch("hash_codes");
   const auto launch = [&](auto kernel) {
-    kernel<<<dim3(blocks_of(hashed.rows, 128), grid_of_heads(hashed.heads)), 128, 0, stream>>>(
+    kernel<<<grid_of(hashed.heads, hashed.rows, kThreads), kThreads, 0, stream>>>(
         heads, from, hashed.rows, table, of_tables, sigma, codes, inside, flags);
     check_launch("hash_codes");
   };
@@ -554,7 +586,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ecoformer_attention(Tensor qk, Tensor
       Tensor sigma = new_tensor(qk, {hashed.heads}, wide_type(qk)), flags = new_tensor(qk, {hashed.heads}, integers);
       cudaMemsetAsync(sigma.mutable_data_ptr(), 0xff, static_cast<std::size_t>(hashed.heads) * sizeof(A), device.stream());
       cudaMemsetAsync(flags.mutable_data_ptr(), 0, static_cast<std::size_t>(hashed.heads) * sizeof(int), device.stream());
-      add_up_kernel<A><<<dim3(blocks_of(state.size(), 128), grid_of_heads(hashed.heads)), 128, 0, device.stream()>>>(
+      add_up_kernel<A><<<grid_of(hashed.heads, state.size(), kThreads), kThreads, 0, device.stream()>>>(
           nullptr, 0, state.size(), static_cast<A*>(sums.mutable_data_ptr()), state.size() + 1,
           static_cast<const A*>(sigma.const_data_ptr()), static_cast<const int*>(flags.const_data_ptr()));
       check_launch("ecoformer_attention");
@@ -563,7 +595,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ecoformer_attention(Tensor qk, Tensor
   }
   const int64_t rows = hashed.rows, heads = hashed.heads, stride = state.size() + 1;
   Tensor sigma = new_tensor(qk, {heads}, wide_type(qk)), flags = new_tensor(qk, {heads}, integers);
-  Tensor partial = new_tensor(qk, {heads, chunks_of_rows(rows), state.size()}, wide_type(qk));
+  Tensor partial = new_tensor(qk, {heads, parts_of(rows, kChunkRows), state.size()}, wide_type(qk));
   Tensor inverses = new_tensor(qk, {heads, rows}, wide_type(qk));
   const Heads of_codes = heads_of(codes, "codes", 3);
   auto* code = static_cast<int32_t*>(codes.mutable_data_ptr());

@@ -14,6 +14,7 @@ namespace {
 constexpr int kChunk = 1024;
 constexpr int kBins = 4096;  // experts that one block counts: as many counters as shared memory has on every GPU
 constexpr int kScanThreads = 1024;
+constexpr int kAhead = 8;
 
 struct Slots {
   const int64_t* ids;
@@ -69,11 +70,17 @@ __global__ void __launch_bounds__(kScanThreads) scan_kernel(int64_t* table, int6
     const int64_t expert = first + threadIdx.x;
     int64_t count = 0;
     if (expert <= experts) {
-      for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-        int64_t& cell = table[chunk * (experts + 1) + expert];
-        const int64_t own = cell;
-        cell = count;
-        count += own;
+      // Some cells ahead: what is stored might otherwise be what the next load reads, which then waits for it.
+      for (int64_t first_chunk = 0; first_chunk < chunks; first_chunk += kAhead) {
+        int64_t own[kAhead];
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i)
+          own[i] = first_chunk + i < chunks ? table[(first_chunk + i) * (experts + 1) + expert] : 0;
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) {
+          if (first_chunk + i < chunks) table[(first_chunk + i) * (experts + 1) + expert] = count;
+          count += own[i];
+        }
       }
     }
     int64_t total = 0;
