@@ -3,6 +3,7 @@ against float64, and what the compiler made of it for the hardware."""
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 import re
@@ -17,7 +18,11 @@ from support import assert_same_bits, assert_within_rule
 from test_triton import TARGETS, nvidia_tool
 from torch import Tensor
 
+import mmkernels as mk
 from mmkernels import runtime
+from mmkernels.ops import attention as attention_ops
+from mmkernels.ops import entry, hopper_attention
+from mmkernels.ops.backends import Backend, choose
 from mmkernels.reference.attention import attention as reference
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -250,3 +255,133 @@ def test_compiled_for_tensor_cores_and_tensor_memory_accelerator(hopper: ModuleT
     for code in kernels:
         for instruction in ("HGMMA.64x128x16.F32", "UTMALDG.4D", "SYNCS", "USETMAXREG"):
             assert instruction in code, f"no {instruction}"
+
+
+# --- the backend ----------------------------------------------------------------------------------------------------------
+NOTHING = dict.fromkeys(("bias", "mask", "limits", "segment_ids_q", "segment_ids_k", "cu_seqlens_q", "cu_seqlens_k"))
+OPERATOR = {
+    **NOTHING,
+    "value_gate": None,
+    "seed": None,
+    "scale": 0.125,
+    "softcap": 0.0,
+    "dropout_p": 0.0,
+    "window_left": -1,
+    "window_right": 0,
+    "bottom_right": True,
+    "max_seqlen_q": 0,
+    "max_seqlen_k": 0,
+}
+
+
+@pytest.fixture
+def asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MMKERNELS_HOPPER_ATTENTION=1 and a Hopper GPU, as far as reasons ask."""
+    monkeypatch.setattr(runtime, "hopper_attention", True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+
+
+def test_reasons(asked_for: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = operands(torch.bfloat16, 64, 100, 120)
+    call: dict[str, Any] = {"q": q, "k": k, "v": v, **OPERATOR}
+    assert hopper_attention.reason(call) is None
+    gap = new((1, 2, 100, 68), torch.bfloat16)[..., :64]
+    for expected, changed in (
+        ("q is torch.float32; the kernel takes", {"q": q.float()}),
+        ("takes no bias, value_gate", {"bias": new((1, 1, 100, 120), torch.bfloat16), "value_gate": v[..., 0]}),
+        ("takes no softcap", {"softcap": 2.0}),
+        ("takes no dropout_p", {"dropout_p": 0.5}),
+        ("the window is (3, 0)", {"window_left": 3}),
+        ("the window is (-1, 2)", {"window_right": 2}),
+        ("q has 64 and v 32 channels", {"v": v[..., :32]}),
+        ("q has 32 and v 32 channels", {name: call[name][..., :32] for name in "qkv"}),
+        ("there are 63 queries;", {"q": q[:, :, :63]}),
+        ("there are 100 queries and 0 keys", {"k": k[:, :, :0], "v": v[:, :, :0]}),
+        ("the scale is inf", {"scale": math.inf}),
+        ("q: data or strides", {"q": gap}),
+        ("k, v: data or strides", {"k": k.expand(2, 2, -1, -1), "v": v.expand(2, 2, -1, -1)}),
+    ):
+        reason = hopper_attention.reason({**call, **changed})
+        assert reason is not None and expected in reason, (expected, reason)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+    assert "compute capability 10.0" in (hopper_attention.reason(call) or "")
+    monkeypatch.setattr(runtime, "hopper_attention", False)
+    assert "MMKERNELS_HOPPER_ATTENTION=1 asks for it" in (hopper_attention.reason(call) or "")
+
+
+def test_reasons_of_the_public_function(asked_for: None) -> None:
+    """mk.explain asks with these arguments: the window, the scale and autocast's dtype are worked out from them."""
+    bound = inspect.signature(mk.attention).bind(*operands(torch.bfloat16, 128, 100, 120))
+    bound.apply_defaults()
+    assert hopper_attention.reason(bound.arguments) is None
+    for arguments in ({"is_causal": True}, {"window_size": (None, 0)}, {"window_size": (None, None)}, {"scale": 0.1}):
+        assert hopper_attention.reason({**bound.arguments, **arguments}) is None
+    for arguments in ({"window_size": (3, 0)}, {"window_size": (3, None), "is_causal": True}, {"softcap": 1.0}):
+        assert hopper_attention.reason({**bound.arguments, **arguments}) is not None
+    single = {name: bound.arguments[name].float() for name in "qkv"}
+    assert "torch.float32" in (hopper_attention.reason({**bound.arguments, **single}) or "")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert hopper_attention.reason({**bound.arguments, **single}) is None
+
+
+@pytest.mark.parametrize(("right", "bottom_right"), [(-1, False), (0, False), (0, True)])
+def test_operator(
+    hopper: ModuleType, asked_for: None, monkeypatch: pytest.MonkeyPatch, right: int, bottom_right: bool
+) -> None:
+    """mmkernels::attention, where its backend takes the call: what is passed on, what is written down, and that the backward
+    pass of the others goes on from these results."""
+
+    def in_software(
+        q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, bottom_right: bool
+    ) -> tuple[Tensor, Tensor]:
+        alignment = "bottom_right" if bottom_right else "top_left"
+        return attention(hopper, q, k, v, scale=scale, is_causal=causal, causal_alignment=alignment)
+
+    here = torch.library.Library("mmkernels", "IMPL")
+    here.impl("attention_hopper", in_software, "CPU")
+    cuda = next(b for b in attention_ops.BACKENDS if b.name == "cuda")
+    on_cpu = Backend("cuda", hopper_attention.reason, cuda.kernel)  # without what it says of the device
+    monkeypatch.setattr(entry, "choose", lambda op, backends, arguments: choose(op, (on_cpu,), arguments))
+    tensors = operands(torch.bfloat16, 64, 100, 120)
+    options = {**OPERATOR, "window_right": right, "bottom_right": bottom_right}
+    runtime.last_kernels(clear=True)
+    out, lse = entry.PYTHON_KERNELS["mmkernels::attention"](*tensors, *options.values())
+    assert runtime.last_kernels() == [("attention", "cuda")]
+    here._destroy()
+    fakes = hopper_attention._fake(*tensors, 0.125, right == 0, bottom_right)
+    for real, fake in zip((out, lse), fakes, strict=True):
+        assert (real.shape, real.stride(), real.dtype) == (fake.shape, fake.stride(), fake.dtype)
+
+    upstream = new(tuple(out.shape), torch.bfloat16, 9)
+    nothing, numbers = list(options.values())[:9], list(options.values())[9:]
+    gradients = torch.ops.mmkernels.attention_backward(upstream, None, *tensors, *nothing, out, lse, *numbers, False, False)
+    arguments = {"scale": 0.125, "is_causal": right == 0, "causal_alignment": "bottom_right" if bottom_right else "top_left"}
+    plain, oracle = (
+        torch.autograd.grad(reference(*leaves, **arguments), leaves, upstream.to(leaves[0].dtype))
+        for leaves in ([x.detach().to(d).requires_grad_() for x in tensors] for d in (torch.bfloat16, torch.float64))
+    )
+    for name, ours, theirs, truth in zip("qkv", gradients, plain, oracle, strict=False):
+        assert_within_rule(ours, theirs, truth, f"gradient of {name}")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("channels", [64, 128])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_on_a_gpu(dtype: str, channels: int) -> None:
+    """The compiled kernel itself, on a Hopper GPU."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+        pytest.fail("a test of Hopper's kernel was asked for where torch finds no such GPU")
+    for len_q, len_k in (*LENGTHS, *LONG, (4096, 4100)):
+        for alignment in ALIGNMENTS.values():
+            q, k, v = (x.cuda() for x in operands(DTYPES[dtype], channels, len_q, len_k, 8, 2))
+            causal, bottom_right = "is_causal" in alignment, "causal_alignment" in alignment
+            scale = channels**-0.5
+            out, lse = torch.ops.mmkernels.attention_hopper(q, k, v, scale, causal, bottom_right)
+            again, _ = torch.ops.mmkernels.attention_hopper(q, k, v, scale, causal, bottom_right)
+            assert_same_bits(out, again, "a second run")
+            plain = reference(q, k, v, return_lse=True, **alignment)
+            oracle = reference(q.double(), k.double(), v.double(), return_lse=True, **alignment)
+            assert_within_rule(out, plain[0], oracle[0], f"out {len_q} {len_k} {alignment}")
+            finite = oracle[1].isfinite()
+            assert torch.equal(lse[~finite], oracle[1][~finite].float())
+            assert_within_rule(lse[finite], plain[1][finite], oracle[1][finite], f"lse {len_q} {len_k} {alignment}")
