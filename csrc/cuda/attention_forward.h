@@ -106,10 +106,11 @@ __device__ __forceinline__ void issue_scores(float (&scores)[64], std::uint32_t 
 #pragma unroll
   for (int c = 0; c < D; c += 16) {
     const int column = c / hopper::kTileChannels, bytes = c % hopper::kTileChannels * 2;
-    const std::uint64_t a =
-        hopper::matrix_descriptor(queries + column * Shape::kRows * hopper::kTileRowBytes + bytes, 0, hopper::kSwizzleBytes);
-    const std::uint64_t b =
-        hopper::matrix_descriptor(keys + column * Shape::kKeys * hopper::kTileRowBytes + bytes, 0, hopper::kSwizzleBytes);
+    const auto matrix = [&](std::uint32_t tile, int rows) {
+      return hopper::matrix_descriptor(tile + column * rows * hopper::kTileRowBytes + bytes, hopper::kNoLeading,
+                                       hopper::kSwizzleBytes);
+    };
+    const std::uint64_t a = matrix(queries, Shape::kRows), b = matrix(keys, Shape::kKeys);
     if (c == 0) {
       hopper::wgmma_shared<T, false>(scores, a, b);
     } else {
@@ -327,6 +328,7 @@ __device__ __forceinline__ void consume(const AttentionCall& call, const Attenti
         soften<Shape>(scores, rows, factor, call, tile, n, row, lane);
         hopper::wgmma_wait<0>();
         hopper::hold_registers(out);
+        hopper::hold_registers(weights);
         release(shared.values_empty(of_values.stage));
         of_values.advance();
         round_weights<T>(scores, weights);
@@ -340,6 +342,7 @@ __device__ __forceinline__ void consume(const AttentionCall& call, const Attenti
       issue_values<T, D, Shape>(out, weights, shared.values(of_values.stage));
       hopper::wgmma_wait<0>();
       hopper::hold_registers(out);
+      hopper::hold_registers(weights);
       release(shared.values_empty(of_values.stage));
       of_values.advance();
     }

@@ -91,14 +91,14 @@ class Block {
   // Of `threads` neighbouring threads: waits until all have come; the last to come calls `then`.
   template <class Then>
   void meet(int threads, const char* what, const Then& then) {
-    Meeting& meeting = meetings_[{threads, thread_index() / threads}];
+    Meeting& meeting = meeting_of(threads);
     const int met = meeting.met;
     if (++meeting.here == threads) {
       then();
       meeting.here = 0;
       ++meeting.met;
     }
-    wait([&meeting, met] { return meeting.met != met; }, what);
+    wait([&meeting, met] { return meeting.met != met; }, {what, -1});
   }
 
   void sync_all() {
@@ -110,7 +110,7 @@ class Block {
     static_assert(sizeof(T) == 4);
     const int warp = thread_index() / 32, lane = thread_index() % 32;
     // Two rows, by turns: whoever is last to read one does so before anybody writes it again.
-    auto& row = lanes_[warp][meetings_[{32, warp}].met % 2];
+    auto& row = lanes_[warp][meeting_of(32).met % 2];
     std::memcpy(&row[lane], &value, 4);
     meet(32, "the other lanes of a shuffle", [] {});
     std::memcpy(&value, &row[from], 4);
@@ -133,7 +133,7 @@ class Block {
       barrier.arrived = 0;
       ++barrier.passed;
     }
-    if (waits) wait([&barrier, passed] { return barrier.passed != passed; }, "named barrier " + std::to_string(number));
+    if (waits) wait([&barrier, passed] { return barrier.passed != passed; }, {"named barrier ", number});
   }
 
   void init_barrier(std::uint32_t address, int count) {
@@ -152,7 +152,8 @@ class Block {
   void wait_barrier(std::uint32_t address, std::uint32_t parity) {
     const Barrier& barrier = barrier_at(address);
     wait([&barrier, parity] { return barrier.phase != parity; },
-         "barrier at " + std::to_string(address - shared_begin_) + ", parity " + std::to_string(parity));
+         {parity == 0 ? "even phases of the barrier at " : "odd phases of the barrier at ",
+          static_cast<std::int64_t>(address - shared_begin_)});
   }
 
   // --- tiles ------------------------------------------------------------------------------------------------------------
@@ -219,6 +220,10 @@ class Block {
  private:
   static constexpr std::size_t kStackBytes = 1 << 16;
 
+  struct Reason {
+    const char* what;
+    std::int64_t number;  // none below 0
+  };
   struct Meeting {
     int here = 0, met = 0;
   };
@@ -243,11 +248,13 @@ class Block {
     bool finished = false, fenced = false;
     int registers = 0;
     std::function<bool()> ready;
-    std::string waits_for;
+    Reason waits_for;
     std::vector<Product> open;
     std::deque<std::vector<Product>> groups;
     std::map<float*, std::vector<float>> flying;  // what accumulators will be
   };
+
+  Meeting& meeting_of(int threads) { return meetings_[{threads, thread_index() / threads}]; }
 
   static Block*& running_block() {
     static Block* block = nullptr;
@@ -266,10 +273,11 @@ class Block {
     ++block.finished_;
   }
 
-  void wait(std::function<bool()> ready, const std::string& what) {
+  template <class Ready>
+  void wait(const Ready& ready, const Reason& what) {
     if (ready()) return;
     Thread& thread = threads_[running_];
-    thread.ready = std::move(ready);
+    thread.ready = ready;
     thread.waits_for = what;
     swapcontext(&thread.context, &scheduler_);
   }
@@ -302,7 +310,8 @@ class Block {
     if (flying_.empty()) {
       std::map<std::string, int> waiting;
       for (const Thread& thread : threads_)
-        if (!thread.finished) ++waiting[thread.waits_for];
+        if (const auto& [what, number] = thread.waits_for; !thread.finished)
+          ++waiting[what + (number < 0 ? std::string() : std::to_string(number))];
       std::string all;
       for (const auto& [what, count] : waiting) all += "; " + std::to_string(count) + " threads for " + what;
       fail("deadlock" + all);

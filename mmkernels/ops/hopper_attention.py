@@ -1,4 +1,4 @@
-"""Softmax attention on Hopper, forward: which calls of `attention` the CUDA library's kernel takes (csrc/cuda/attention.cu)."""
+"""Softmax attention on Hopper, forward: which calls of `attention` the CUDA kernel takes (csrc/cuda/attention.cu)."""
 
 from __future__ import annotations
 

@@ -69,8 +69,8 @@ __device__ __forceinline__ void mbarrier_wait(std::uint32_t barrier, std::uint32
       ".reg .pred done;\n"
       "waiting:\n"
       "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@done bra.uni ended;\n"
-      "bra.uni waiting;\n"
+      "@done bra ended;\n"
+      "bra waiting;\n"
       "ended:\n"
       "}" ::"r"(barrier),
       "r"(parity)

@@ -25,8 +25,11 @@ constexpr int kTileRowBytes = 128;
 constexpr int kSwizzleBytes = 1024;  // after which the permutation repeats: what tiles are aligned to
 
 // The 64 bits that name a matrix in shared memory to wgmma: where it begins and two distances, all in units of 16 bytes, and
-// the swizzle in the top bits, 1 for that of 128 bytes. `leading` counts only in matrices whose rows run along k, which the
-// instruction transposes: the distance from 64 columns to the next 64. `stride` is the distance from 8 rows to the next 8.
+// the swizzle in the top bits, 1 for that of 128 bytes. `stride` is the distance from 8 rows of memory to the next 8. `leading`
+// counts only where a row of memory is a k and the instruction transposes: the distance from 64 columns to the next 64. Elsewhere
+// it is not looked at, and 16 bytes by convention.
+constexpr std::uint32_t kNoLeading = 16;
+
 MMK_HOST_DEVICE std::uint64_t matrix_descriptor(std::uint32_t address, std::uint32_t leading, std::uint32_t stride) {
   return static_cast<std::uint64_t>(address >> 4 & 0x3fff) | static_cast<std::uint64_t>(leading >> 4 & 0x3fff) << 16 |
          static_cast<std::uint64_t>(stride >> 4 & 0x3fff) << 32 | std::uint64_t{1} << 62;
