@@ -7,7 +7,6 @@
 #include "attention_forward.h"
 
 #include <cmath>
-#include <limits>
 #include <tuple>
 
 namespace mmk {
@@ -96,8 +95,7 @@ void launch(AttentionCall& call, const Tensor& q, const Tensor& k, const Tensor&
   cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, q.get_device_index());
   cudaDeviceGetAttribute(&cache, cudaDevAttrL2CacheSize, q.get_device_index());
   const std::int64_t row_tiles = (static_cast<std::int64_t>(call.len_q) + Shape::kRows - 1) / Shape::kRows;
-  check(row_tiles * call.batch * call.heads <= std::numeric_limits<int>::max(), "q",
-        "expected at most 2^31 - 1 tiles of rows");
+  check(row_tiles * call.batch * call.heads <= 1 << 30, "q", "the CUDA kernel takes at most 2^30 tiles of rows");
   call.row_tiles = static_cast<int>(row_tiles);
   call.heads_at_once = attention_heads_at_once(call, D, cache / 2);  // the other half for queries and results
   constexpr auto kernel = &attention_kernel<T, D>;
@@ -115,7 +113,7 @@ std::tuple<Tensor, Tensor> attention_hopper(Tensor q, Tensor k, Tensor v, double
   Tensor out = new_strided(q, sizes, strides, 4, dtype_of(q));
   Tensor lse = new_tensor(q, {batch, heads, len_q}, aoti_torch_dtype_float32());
   if (lse.numel() == 0) return {out, lse};
-  check(batch * heads <= std::numeric_limits<int>::max(), "q", "expected at most 2^31 - 1 samples times heads");
+  check(batch * heads <= 1 << 30, "q", "the CUDA kernel takes at most 2^30 samples times heads");
   const OnDeviceOf device(q);
   check_device(q);
   AttentionCall call{};

@@ -55,7 +55,7 @@ struct AttentionRing {
 };
 
 // --- producer -----------------------------------------------------------------------------------------------------------
-template <int D, class Shape>
+template <class Shape>
 __device__ __forceinline__ void load_rows(std::uint32_t to, const hopper::TensorMap* map, std::uint32_t barrier, int rows,
                                           int row, int head, int batch) {
 #pragma unroll
@@ -64,7 +64,7 @@ __device__ __forceinline__ void load_rows(std::uint32_t to, const hopper::Tensor
 }
 
 // One thread. Keys go ahead of values by a block, in the order in which consumers ask for them.
-template <int D, class Shape>
+template <class Shape>
 __device__ __forceinline__ void produce(const AttentionCall& call, const hopper::TensorMap* q, const hopper::TensorMap* k,
                                         const hopper::TensorMap* v, const AttentionShared<Shape>& shared, int block,
                                         int grid) {
@@ -76,22 +76,22 @@ __device__ __forceinline__ void produce(const AttentionCall& call, const hopper:
     const int head = tile.head / call.group;
     hopper::mbarrier_wait(shared.queries_empty(), parity ^ 1);
     hopper::mbarrier_arrive_expecting(shared.queries_full(), Shape::kQueryBytes);
-    load_rows<D, Shape>(shared.queries(), q, shared.queries_full(), Shape::kRows, tile.row, tile.head, tile.batch);
+    load_rows<Shape>(shared.queries(), q, shared.queries_full(), Shape::kRows, tile.row, tile.head, tile.batch);
     parity ^= 1;
     for (int n = tile.blocks - 1; n >= -1; --n) {
       if (n >= 0) {
         const int stage = of_keys.stage;
         hopper::mbarrier_wait(shared.keys_empty(stage), of_keys.parity ^ 1);
         hopper::mbarrier_arrive_expecting(shared.keys_full(stage), Shape::kKeyBytes);
-        load_rows<D, Shape>(shared.keys(stage), k, shared.keys_full(stage), Shape::kKeys, n * Shape::kKeys, head, tile.batch);
+        load_rows<Shape>(shared.keys(stage), k, shared.keys_full(stage), Shape::kKeys, n * Shape::kKeys, head, tile.batch);
         of_keys.advance();
       }
       if (n + 1 < tile.blocks) {
         const int stage = of_values.stage;
         hopper::mbarrier_wait(shared.values_empty(stage), of_values.parity ^ 1);
         hopper::mbarrier_arrive_expecting(shared.values_full(stage), Shape::kKeyBytes);
-        load_rows<D, Shape>(shared.values(stage), v, shared.values_full(stage), Shape::kKeys, (n + 1) * Shape::kKeys, head,
-                            tile.batch);
+        load_rows<Shape>(shared.values(stage), v, shared.values_full(stage), Shape::kKeys, (n + 1) * Shape::kKeys, head,
+                         tile.batch);
         of_values.advance();
       }
     }
@@ -375,7 +375,7 @@ __device__ __forceinline__ void attention_forward(const AttentionCall& call, con
   hopper::sync_threads();
   if (hopper::of_first_lane(hopper::thread_index() / 128) == 0) {
     hopper::decrease_registers<Shape::kProducerRegisters>();
-    if (hopper::thread_index() == 0) produce<D, Shape>(call, q, k, v, shared, block, grid);
+    if (hopper::thread_index() == 0) produce<Shape>(call, q, k, v, shared, block, grid);
   } else {
     hopper::increase_registers<Shape::kConsumerRegisters>();
     consume<T, D, Shape>(call, shared, block, grid);

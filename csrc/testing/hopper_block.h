@@ -378,9 +378,10 @@ class Block {
   float element(std::uint64_t descriptor, int row, int k, bool along_rows, bool bfloat16) {
     const auto field = [descriptor](int bit) { return static_cast<std::uint32_t>(descriptor >> bit & 0x3fff) << 4; };
     const std::uint32_t start = field(0), leading = field(16), stride = field(32);
-    require((descriptor >> 49 & 7) == 0, "no matrix here begins within a period of the swizzle");
     constexpr int units_of[4] = {1, 8, 4, 2}, bits_of[4] = {0, 3, 2, 1};
     const int mode = static_cast<int>(descriptor >> 62), units = units_of[mode];
+    // The descriptor would have to say so in three more bits, which stay 0.
+    require((descriptor >> 49 & 7) == 0 && swizzled(start, bits_of[mode]) == start, "a matrix begins within the swizzle's period");
     const auto u = [](int value) { return static_cast<std::uint32_t>(value); };
     std::uint32_t offset;
     if (along_rows) {
