@@ -1,8 +1,10 @@
 """The compiled libraries: loading them, the instruction-set tier in force, and which kernels ran.
 
 Environment variables, read once at import: ``MMKERNELS_ISA`` (generic, avx2, avx512, amx: force a lower tier),
-``MMKERNELS_CUDA_LIBRARY=0`` (do not load the CUDA library; Triton serves CUDA tensors). Read at each use:
-``MMKERNELS_STRICT=1`` (a slower fallback is an error). ``MMKERNELS_TILES`` names a table of tiles for the Triton kernels.
+``MMKERNELS_CUDA_LIBRARY=0`` (do not load the CUDA library; Triton serves CUDA tensors), ``MMKERNELS_HOPPER_ATTENTION=1``
+(attention on GPUs of compute capability 9.0 runs the CUDA kernel made for them, forward, where it takes the call; without it
+Triton's). Read at each use: ``MMKERNELS_STRICT=1`` (a slower fallback is an error). ``MMKERNELS_TILES`` names a table of tiles
+for the Triton kernels.
 """
 
 from __future__ import annotations
@@ -94,6 +96,7 @@ def _load_cuda_library() -> str | None:
 
 library: Final = _load_cpu_library()
 cuda_library_missing: Final = _load_cuda_library()
+hopper_attention: Final = os.environ.get("MMKERNELS_HOPPER_ATTENTION") == "1"
 
 
 # --- tiers ------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -78,9 +79,8 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="session")
-def blocks() -> ModuleType:
-    """The test extension with the CPU core's building blocks, built on first use for this Python."""
+def built_extension(target: str) -> ModuleType:
+    """A module of the test extension, built on first use for this Python."""
     from filelock import FileLock
 
     emulated = os.environ.get("MMK_TEST_EMULATE_AVX512") == "1"  # set by test_emulated.py
@@ -96,10 +96,21 @@ def blocks() -> ModuleType:
             "-DPython3_FIND_VIRTUALENV=ONLY",
         ]
         environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-        for command in (["cmake", "-G", "Ninja", *options, str(ROOT)], ["ninja", "mmkernels_blocks"]):
+        for command in (["cmake", "-G", "Ninja", *options, str(ROOT)], ["ninja", target]):
             done = subprocess.run(command, cwd=build, env=environment, capture_output=True, text=True, check=False)
             assert done.returncode == 0, f"the test extension did not build:\n{done.stdout[-4000:]}{done.stderr[-4000:]}"
-    sys.path.insert(0, str(build))
-    import mmkernels_blocks
+    if str(build) not in sys.path:
+        sys.path.insert(0, str(build))
+    return importlib.import_module(target)
 
-    return mmkernels_blocks
+
+@pytest.fixture(scope="session")
+def blocks() -> ModuleType:
+    """The CPU core's building blocks."""
+    return built_extension("mmkernels_blocks")
+
+
+@pytest.fixture(scope="session")
+def hopper() -> ModuleType:
+    """The kernels for Hopper, in software."""
+    return built_extension("mmkernels_hopper")

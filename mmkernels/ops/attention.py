@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from mmkernels import runtime
-from mmkernels.ops import backends
+from mmkernels.ops import backends, hopper_attention
 from mmkernels.ops.checks import INT64_MAX, check_float, check_gradient, check_tensor
 from mmkernels.ops.entry import (
     autocast_dtype,
@@ -274,11 +274,10 @@ def _tier(arguments: backends.Arguments) -> str | None:
     return tier_beyond_vectors(q, pairs, q.size(-1), arguments["v"].size(-1))
 
 
-BACKENDS = (
-    backends.cpu(backends.VECTOR_TIERS, primary="q", tier_of=_tier),
-    backends.triton(backends.HALF_AND_SINGLE, primary="q", extra=_triton_reason),
-    backends.REFERENCE,
-)
+_CPU = backends.cpu(backends.VECTOR_TIERS, primary="q", tier_of=_tier)
+_TRITON = backends.triton(backends.HALF_AND_SINGLE, primary="q", extra=_triton_reason)
+BACKENDS = (_CPU, backends.cuda(primary="q", extra=hopper_attention.reason), _TRITON, backends.REFERENCE)
+BACKWARD_BACKENDS = (_CPU, _TRITON, backends.REFERENCE)
 
 implement(
     _attention_op,
@@ -286,11 +285,12 @@ implement(
     "q",
     check=_check_attention,
     triton=backends.triton_kernel("attention", "attention"),
+    cuda=hopper_attention.attention,
     reference=reference.attention_op,
 )
 implement(
     _attention_backward_op,
-    BACKENDS,
+    BACKWARD_BACKENDS,
     "q",
     check=_check_attention_backward,
     triton=backends.triton_kernel("attention", "attention_backward"),

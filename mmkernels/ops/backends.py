@@ -86,8 +86,8 @@ def cpu(
     return Backend("cpu", reason, kernel)
 
 
-def cuda(*, primary: str = "x") -> Backend:
-    """The compiled CUDA kernels."""
+def cuda(*, primary: str = "x", extra: Reason | None = None) -> Backend:
+    """The compiled CUDA kernels; `extra` adds the family's own reasons."""
 
     def reason(arguments: Arguments) -> str | None:
         if _device(arguments, primary) != "cuda":
@@ -96,7 +96,7 @@ def cuda(*, primary: str = "x") -> Backend:
             return "this torch is for ROCm"
         if runtime.cuda_library_missing is not None:
             return f"the CUDA library is not in use: {runtime.cuda_library_missing}"
-        return None
+        return extra(arguments) if extra is not None else None
 
     return Backend("cuda", reason, lambda arguments: "cuda")
 

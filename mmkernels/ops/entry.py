@@ -76,13 +76,15 @@ def implement(
     check: Callable[..., Any],
     reference: Callable[..., Any],
     triton: Callable[..., Any] | None = None,
+    cuda: Callable[..., Any] | None = None,
     torch_formula: Callable[..., Any] | None = None,
 ) -> None:
     """What runs where the compiled libraries have no kernel: Triton, torch's own formula where `backends` says that it is
-    the best there is, and last, with a warning, the reference.
+    the best there is, and last, with a warning, the reference. `cuda` is for operators of which the CUDA library takes some
+    calls, as an operator of its own, and others are Triton's.
 
-    `check`, `triton()`, `torch_formula` and `reference` take the operator's own arguments. `check` raises as compiled code
-    does by itself; `triton()` imports the kernels on first use.
+    `check`, `triton()`, `cuda`, `torch_formula` and `reference` take the operator's own arguments. `check` raises as
+    compiled code does by itself; `triton()` imports the kernels on first use.
     """
     name = op._schema.name.removeprefix("mmkernels::")
     names = [argument.name for argument in op._schema.arguments]
@@ -94,6 +96,8 @@ def implement(
         runtime.record_kernel(name, explanation.kernel)
         if explanation.kernel == "torch" and torch_formula is not None:
             return torch_formula(*args)
+        if explanation.kernel == "cuda" and cuda is not None:
+            return cuda(*args)
         if explanation.kernel == "triton" and triton is not None:
             with torch.cuda.device_of(args[position]):  # Triton launches on the current device, whatever the tensors'
                 return triton()(*args)
