@@ -120,6 +120,10 @@ sanitize() { # TOOL SECONDS BACKEND OPTIONS...
 script suite-cuda 160 cuda gpu_suite
 script modes-cuda 100 cuda gpu_modes
 bench bench-judged 200 "case='.gpu.', seconds=0.3"
+export MMKERNELS_HOPPER_ATTENTION=1 # which is not the default before these two have said that it should be
+script hopper-cuda 60 cuda gpu_hopper
+bench bench-hopper 60 "case='attention.gpu.L', seconds=0.3"
+unset MMKERNELS_HOPPER_ATTENTION
 script suite-triton 50 triton gpu_suite
 sanitizer=$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)
 if [ -x "$sanitizer" ]; then

@@ -3,8 +3,8 @@
 Environment variables, read once at import: ``MMKERNELS_ISA`` (generic, avx2, avx512, amx: force a lower tier),
 ``MMKERNELS_CUDA_LIBRARY=0`` (do not load the CUDA library; Triton serves CUDA tensors), ``MMKERNELS_HOPPER_ATTENTION=1``
 (attention on GPUs of compute capability 9.0 runs the CUDA kernel made for them, forward, where it takes the call; without it
-Triton's). Read at each use: ``MMKERNELS_STRICT=1`` (a slower fallback is an error). ``MMKERNELS_TILES`` names a table of tiles
-for the Triton kernels.
+Triton's). Read at each use: ``MMKERNELS_STRICT=1`` (a slower fallback is an error). ``MMKERNELS_TILES`` names a table of the
+Triton kernels' tiles.
 """
 
 from __future__ import annotations

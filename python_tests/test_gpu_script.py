@@ -25,7 +25,8 @@ import json, os, re, subprocess, sys
 line = sys.argv[1:]
 name = os.path.basename(sys.argv[0])
 with open({log!r}, "a") as log:
-    log.write(json.dumps([name, line, os.environ.get("MMKERNELS_CUDA_LIBRARY"), os.getcwd()]) + "\\n")
+    log.write(json.dumps([name, line, os.environ.get("MMKERNELS_CUDA_LIBRARY"),
+                          os.environ.get("MMKERNELS_HOPPER_ATTENTION"), os.getcwd()]) + "\\n")
 if name == "python-stand-in" and "wheel" in line:
     folder = line[line.index("--wheel-dir") + 1]
     os.makedirs(folder)
@@ -35,7 +36,7 @@ for pattern, command in json.loads(os.environ["FAKE"]):
         sys.exit(subprocess.call(command, shell=True))
 """
 STAGES = [
-    *("install", "info", "gpu", "suite-cuda", "modes-cuda", "bench-judged", "suite-triton"),
+    *("install", "info", "gpu", "suite-cuda", "modes-cuda", "bench-judged", "hopper-cuda", "bench-hopper", "suite-triton"),
     *(f"sanitize-{tool}-{backend}" for tool in ("memcheck", "racecheck") for backend in ("cuda", "triton")),
     *("huge-cuda", "modes-triton", "huge-triton", "bench-triton", "bench-rest"),
 ]
@@ -46,7 +47,7 @@ class Run:
     status: int
     shown: str
     outcomes: dict[str, str]
-    commands: list[tuple[str, list[str], str | None, str]]
+    commands: list[tuple[str, list[str], str | None, str | None, str]]
     out: Path
     seconds: float
 
@@ -91,18 +92,19 @@ def test_every_stage_runs_and_is_in_the_table(tmp_path: Path) -> None:
     assert run.status == 0, run.shown
     assert sorted(run.outcomes) == sorted(STAGES)
     assert set(run.outcomes.values()) == {"passed", "extra, passed"}
-    assert list(run.outcomes)[:7] == STAGES[:7], "the order is that of importance"
+    assert list(run.outcomes)[:9] == STAGES[:9], "the order is that of importance"
     table = (run.out / "stages.txt").read_text()
     assert all(re.search(rf"^{name} +(extra, )?passed +\d+$", table, re.M) for name in STAGES) and table in run.shown
     assert (run.out / "gpu.log").read_text() == "NVIDIA H200\n"
-    for name, line, library, folder in run.commands:
+    for name, line, library, hopper, folder in run.commands:
         text = shlex.join(line)
+        assert (hopper == "1") == ("gpu_hopper" in text or "attention.gpu.L" in text), text
         if "gpu_" in text:
             assert library == ("1" if "cuda" in line else "0"), text
         if name == "compute-sanitizer" or "gpu_" in text or "bench" in text:
             assert folder == str(run.out)
-    benches = [(line[-1], library) for _, line, library, _ in run.commands if line[0] == "-c" and "bench" in line[-1]]
-    assert [library for _, library in benches] == [None, "0", None]
+    benches = [(line[-1], library) for _, line, library, *_ in run.commands if line[0] == "-c" and "bench" in line[-1]]
+    assert [library for _, library in benches] == [None, None, "0", None]
 
 
 def test_command_lines_are_those_that_the_programs_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,11 +125,11 @@ def test_command_lines_are_those_that_the_programs_take(tmp_path: Path, monkeypa
             script, backend, *rest = line[end + 1 :]
             assert (ROOT / "python_tests" / Path(script).name).exists() and backend in ("cuda", "triton")
             assert rest == (["--brief"] if tool == "racecheck" else [])
-    assert len(scripts) == 6
+    assert len(scripts) == 7
     for (script, _), arguments in scripts.items():
         backend, *rest = arguments
         assert rest[0] == "--seconds" and 20 < float(rest[1]) < 200 and backend in ("cuda", "triton")
-        assert script in ("gpu_suite.py", "gpu_modes.py", "gpu_huge.py")
+        assert script in ("gpu_suite.py", "gpu_modes.py", "gpu_hopper.py", "gpu_huge.py")
     asked: list[dict[str, object]] = []
     signature = inspect.signature(bench_command.run)
 
@@ -140,9 +142,9 @@ def test_command_lines_are_those_that_the_programs_take(tmp_path: Path, monkeypa
     for _, line, *_ in run.commands:
         if line[0] == "-c" and "bench" in line[1]:
             exec(compile(line[1], "gpu.sh", "exec"), {})
-    assert [given["case"] for given in asked] == [".gpu.", ".gpu.", None]
+    assert [given["case"] for given in asked] == [".gpu.", "attention.gpu.L", ".gpu.", None]
     assert all(given["device"] == "cuda" and 0 < given["limit_s"] < 530 and given["seconds"] < 1 for given in asked)
-    assert len({given["json_path"] for given in asked}) == len({given["plot_folder"] for given in asked}) == 3
+    assert len({given["json_path"] for given in asked}) == len({given["plot_folder"] for given in asked}) == 4
 
 
 def test_what_fails_is_said_and_does_not_end_the_others(tmp_path: Path) -> None:
