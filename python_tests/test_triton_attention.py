@@ -159,6 +159,32 @@ def test_tiles_compile_and_fit(
 
 
 @pytest.mark.parametrize(
+    ("target", "channels"),
+    [
+        ("sm_90", 64),
+        *(
+            pytest.param(*case, marks=pytest.mark.full)
+            for case in (("sm_90", 128), *((t, 64) for t in TARGETS if t != "sm_90"))
+        ),
+    ],
+)
+def test_programs_that_share_tiles_compile_and_fit(
+    target: str, channels: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The forward kernel where a table pins how many programs a multiprocessor has."""
+    from mmkernels.triton import attention as launches
+    from mmkernels.triton import pinned
+
+    compiled = compiling(target, monkeypatch)
+    args, _ = next(calls(torch.bfloat16, channels, False))
+    with pinned.trial(f"attention resident half {channels}", (2,)):
+        launches.attention(*args)
+    ((name, kernel),) = compiled
+    assert name == "forward_kernel"
+    assert_kernel_fits(name, kernel, target, True, tmp_path)
+
+
+@pytest.mark.parametrize(
     ("target", "dtype", "channels", "length", "rich"),
     [
         pytest.param(*case, id="-".join(map(str, (*case[:3], *length, "rich" if rich else "plain"))), marks=marks)

@@ -92,7 +92,8 @@ def test_tables_of_other_architectures_and_versions_are_not_used(monkeypatch: py
         ('{"tiles": {}}', "expected an object with architecture and tiles"),
         ('{"architecture": "sm_1", "tiles": {"a": 3}}', "a: expected an object"),
         ('{"architecture": "sm_1", "tiles": {"a": {"warps": 3}}}', "a: warps: expected a power of two"),
-        ('{"architecture": "sm_1", "tiles": {"a": {"stages": 0}}}', "a: stages: expected"),
+        ('{"architecture": "sm_1", "tiles": {"a": {"stages": 0}}}', "a: stages: expected a number from 1"),
+        ('{"architecture": "sm_1", "tiles": {"a": {"resident": -1}}}', "a: resident: expected a number from 0"),
         ('{"architecture": "sm_1", "tiles": {"a": {"warps": true}}}', "a: warps: expected"),
     ],
 )
@@ -131,6 +132,7 @@ def test_neighbours_differ_in_one_field_and_keep_the_limits() -> None:
     }  # fmt: skip
     assert set(neighbours(FIELDS, (16, 16, 6))) == {(32, 16, 6), (16, 8, 6), (16, 16, 5)}
     assert set(neighbours(("BLOCK_H",), (1,))) == {(2,)}
+    assert set(neighbours(("resident",), (0,))) == {(1,)}
 
 
 def test_climbing_ends_at_the_best_tile_and_tries_none_twice() -> None:

@@ -44,7 +44,7 @@ _LEAST: Final = {
     "warps": 1,
     "stages": 1,
 }
-_MOST: Final = {"warps": 16, "stages": 6}
+_MOST: Final = {"warps": 16, "stages": 6, "resident": 4}
 _MOST_BLOCK: Final = 256
 
 _GAIN: Final = 0.98  # a neighbour that takes more of the time is no better: readings differ by a percent by themselves
@@ -128,9 +128,9 @@ def agree(ours: Results, expected: Results) -> bool:
 
 # --- the search -------------------------------------------------------------------------------------------------------
 def neighbours(fields: tuple[str, ...], tile: Tile) -> Iterator[Tile]:
-    """Tiles with one number more or less: a stage, or twice or half of all else."""
+    """Tiles with one number more or less: a stage, a resident program, or twice or half of all else."""
     for i, field in enumerate(fields):
-        sizes = (tile[i] + 1, tile[i] - 1) if field == "stages" else (tile[i] * 2, tile[i] // 2)
+        sizes = (tile[i] + 1, tile[i] - 1) if field in ("stages", "resident") else (tile[i] * 2, tile[i] // 2)
         for size in sizes:
             if _LEAST.get(field, 1) <= size <= _MOST.get(field, _MOST_BLOCK):
                 yield (*tile[:i], size, *tile[i + 1 :])

@@ -60,7 +60,7 @@ _HALF: dict[str, _Tiles] = {
             ((32, 32, 8, 1), (16, 16, 8, 1)),
         ),
         "bias": _same((32, 32, 8, 1), (16, 32, 4, 1), (16, 32, 4, 1)),
-        "tiny forward": _same((64, 64, 4, 1)),
+        "tiny forward": (((64, 64, 8, 1), (64, 64, 4, 1)),),
         "tiny backward": _same((64, 64, 4, 1)),
     },
     "hip": {
@@ -231,13 +231,24 @@ class _Call:
         rich = any(self.arguments[name] is not None for name in _RICH)
         return _tile(kind, self.like.dtype == torch.float32, *self.channels, rich)
 
+    def resident(self) -> int:
+        """How many programs of the forward kernel share all tiles on each multiprocessor; 0 where each tile has its own."""
+        words = ("attention", "resident", *_words(self.like.dtype == torch.float32, *self.channels))
+        (resident,) = pinned.tile(words, (0,), ("resident",))
+        return resident
+
     def over_tokens(self, kernel: Any, kind: str, owners: int, fold: int = 1, parts: int = 1, **arguments: Any) -> None:
         """Launches a kernel whose programs own blocks of queries, or of keys, of one of `owners` heads."""
         blocks, options = self.tile(kind)
         block, tokens = (blocks["BLOCK_N"], self.len_k) if kind == "keys" else (blocks["BLOCK_M"], self.len_q * fold)
         tiles = tokens // block + self.sequences if self.packed else triton.cdiv(tokens, block) * self.sequences
+        programs = owners * tiles
+        if kernel is kernels.forward_kernel:
+            resident = self.resident() if kind == "forward" else 0
+            arguments.update(all_tiles=programs, PERSISTENT=resident > 0)
+            programs = min(programs, resident * pinned.multiprocessors()) if resident > 0 else programs
         if self.sequences * owners * tokens > 0:
-            kernel[(owners * tiles, parts)](
+            kernel[(programs, parts)](
                 **self.arguments, **arguments, tiles=tiles, sequences=self.sequences, **blocks, **options
             )
 
@@ -290,17 +301,26 @@ class _Call:
         return max(1, min(triton.cdiv(self.longest_k, _PART_KEYS), _PROGRAMS // programs, _PARTS))
 
 
+def _width(channels: int, values: int) -> int:
+    """The class of channels, by its place in the table."""
+    return next(i for i, most in enumerate(_CLASSES) if most >= max(launch.block(channels), launch.block(values)))
+
+
+def _words(single: bool, channels: int, values: int) -> tuple[object, ...]:
+    """What a tile's name says of dtype and channels."""
+    return "single" if single else "half", _CLASSES[_width(channels, values)]
+
+
 def _tile(kind: str, single: bool, channels: int, values: int, rich: bool) -> tuple[dict[str, int], dict[str, Any]]:
     """(blocks, options) of a kind of kernel."""
-    block_d, block_dv = launch.block(channels), launch.block(values)
-    width = next(i for i, most in enumerate(_CLASSES) if most >= max(block_d, block_dv))
+    width = _width(channels, values)
     pair = (_SINGLE if single else _HALF)[launch.make()][kind][width]
     unaligned = width == 1 and not single and launch.make() == "cuda" and (channels % 16 != 0 or values % 16 != 0)
     if unaligned:
         pair = _UNALIGNED.get(kind, pair)
-    words = ("attention", kind, "single" if single else "half", _CLASSES[width], unaligned and "unaligned", rich and "rich")
+    words = ("attention", kind, *_words(single, channels, values), unaligned and "unaligned", rich and "rich")
     block_m, block_n, warps, stages = pinned.tile(words, pair[rich])
-    blocks = {"D": channels, "DV": values, "BLOCK_D": block_d, "BLOCK_DV": block_dv}
+    blocks = {"D": channels, "DV": values, "BLOCK_D": launch.block(channels), "BLOCK_DV": launch.block(values)}
     return {**blocks, "BLOCK_M": block_m, "BLOCK_N": block_n}, launch.options(warps, stages)
 
 

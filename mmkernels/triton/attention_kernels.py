@@ -57,42 +57,38 @@ FAR = tl.constexpr(256.0)  # of lse: from here on its rounding is more than 2^-1
 # What differs from call to call and makes no kernel faster: never a reason to compile one anew.
 _SIZES = [
     "tiles", "sequences", "heads", "group", "len_q", "len_k", "window_left", "window_right", "threshold", "split_rows",
-    "own_heads", "sum_batch", "sum_heads", "size_q", "size_k", "middle", "inner", "rows", "parts",
+    "all_tiles", "own_heads", "sum_batch", "sum_heads", "size_q", "size_k", "middle", "inner", "rows", "parts",
 ]  # fmt: skip
 
 
 # --- forward ------------------------------------------------------------------------------------------------------------
-@triton.jit(do_not_specialize=_SIZES)
-def forward_kernel(
+@triton.jit
+def attend(
+    index,
     q, k, v, out, lse, bias, mask, limits, segments_q, segments_k, gate, cu_q, cu_k, seed,
     tiles, sequences, heads, group, len_q, len_k, window_left, window_right, scale, softcap, threshold, keep_scale,
     split_rows,
     BASE2: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, DECODE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program attends for BLOCK_M queries of one head of q; grid: (heads * tiles, 1).
-
-    With DECODE, for few queries: for BLOCK_M rows of a head of k, the queries of its whole group, and for one part of the
-    keys; grid: (heads of k * tiles, parts). Part n writes out and lse `n * split_rows` rows further on.
-    """
+    """The tile of this index, see forward_kernel."""
     EXACT: tl.constexpr = q[0].dtype.element_ty == tl.float32
     unit = scale * LOG2E
     FREE: tl.constexpr = mask is None and segments_q is None
-    owner = tl.program_id(0) // tiles
+    owner = index // tiles
     fold = group if DECODE else 1
-    b, first_row = place(tl.program_id(0) % tiles, cu_q, sequences, len_q, fold, BLOCK_M)
+    b, first_row = place(index % tiles, cu_q, sequences, len_q, fold, BLOCK_M)
     if cu_q is None:  # the last queries first: of causal ones they take longest, and should not be what all wait for
         first_row = (tl.cdiv(len_q * fold, BLOCK_M) - 1) * BLOCK_M - first_row
     begin_q, len_q = sequence(cu_q, b, len_q)
     begin_k, len_k = sequence(cu_k, b, len_k)
-    if cu_q is not None:  # noqa: SIM102 - Triton evaluates both sides of an `and`
-        if (first_row < 0) | (first_row >= len_q * fold):
-            return
     row = (first_row + tl.arange(0, BLOCK_M)).to(len_q.dtype)
     inside = row < len_q * fold
+    if cu_q is not None:  # tiles beyond the rows of their sequence have none inside, so no blocks of keys and no scores
+        inside = inside & (row >= 0)
     if DECODE:
-        i = row % len_q
-        head = owner * group + tl.minimum(row // len_q, group - 1)  # scores are read wherever head says
+        i = row % tl.maximum(len_q, 1)
+        head = owner * group + tl.minimum(row // tl.maximum(len_q, 1), group - 1)  # scores are read wherever head says
         kv_head = owner
     else:
         i = row
@@ -155,6 +151,43 @@ def forward_kernel(
     out_rows = address(out, b, head, begin_q + i) + part * DV
     store_rows(out_rows, inside, acc, out[0].dtype.element_ty, DV, BLOCK_DV)
     tl.store(address(lse, b, head, begin_q + i) + part, of_rows, mask=inside)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def forward_kernel(
+    q, k, v, out, lse, bias, mask, limits, segments_q, segments_k, gate, cu_q, cu_k, seed,
+    tiles, sequences, heads, group, len_q, len_k, window_left, window_right, scale, softcap, threshold, keep_scale,
+    split_rows, all_tiles,
+    BASE2: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, DECODE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PERSISTENT: tl.constexpr,
+):  # fmt: skip
+    """One program attends for BLOCK_M queries of one head of q; grid: (heads * tiles, 1).
+
+    PERSISTENT: fewer programs, each of which takes one of `all_tiles` after the other, as many apart as there are programs.
+
+    With DECODE, for few queries: for BLOCK_M rows of a head of k, the queries of its whole group, and for one part of the
+    keys; grid: (heads of k * tiles, parts). Part n writes out and lse `n * split_rows` rows further on.
+    """
+    if PERSISTENT:
+        for index in range(tl.program_id(0), all_tiles, tl.num_programs(0)):
+            attend(
+                index,
+                q, k, v, out, lse, bias, mask, limits, segments_q, segments_k, gate, cu_q, cu_k, seed,
+                tiles, sequences, heads, group, len_q, len_k, window_left, window_right, scale, softcap, threshold,
+                keep_scale, split_rows,
+                BASE2, BOTTOM_RIGHT, DECODE, D, DV,
+                BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+    else:
+        attend(
+            tl.program_id(0),
+            q, k, v, out, lse, bias, mask, limits, segments_q, segments_k, gate, cu_q, cu_k, seed,
+            tiles, sequences, heads, group, len_q, len_k, window_left, window_right, scale, softcap, threshold, keep_scale,
+            split_rows,
+            BASE2, BOTTOM_RIGHT, DECODE, D, DV,
+            BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_SIZES)

@@ -32,6 +32,9 @@ TILE: Final = ("BLOCK_M", "BLOCK_N", "warps", "stages")
 PRODUCT: Final = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "warps", "stages")
 WARPS: Final = ("warps",)
 
+# The fields that are no powers of two, and the least that they may be.
+_COUNTS: Final = {"stages": 1, "resident": 0}
+
 _PACKAGED: Final = Path(__file__).parent / "tables"
 
 
@@ -63,8 +66,10 @@ def read(path: Path) -> Table:
         if not isinstance(tile, dict):
             raise ValueError(f"{path}: {name}: expected an object, got {tile!r}")
         for field, size in tile.items():
-            if not isinstance(size, int) or isinstance(size, bool) or size < 1 or (field != "stages" and size & (size - 1)):
-                raise ValueError(f"{path}: {name}: {field}: expected a power of two, stages any number from 1; got {size!r}")
+            least, power = _COUNTS.get(field), field not in _COUNTS
+            if type(size) is not int or size < (1 if least is None else least) or (power and size & (size - 1)):
+                expected = "a power of two" if least is None else f"a number from {least}"
+                raise ValueError(f"{path}: {name}: {field}: expected {expected}, got {size!r}")
     return Table(path, record, tiles)
 
 
@@ -88,6 +93,16 @@ _there_is_one = cache(torch.cuda.is_available)
 def architecture() -> str | None:
     """Of the current GPU, as its compiler calls it: sm_90, gfx942. None without a GPU."""
     return _architecture_of(torch.cuda.current_device()) if _there_is_one() else None
+
+
+@cache
+def _multiprocessors_of(device: int) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def multiprocessors() -> int:
+    """Of the current GPU; 1 without one."""
+    return _multiprocessors_of(torch.cuda.current_device()) if _there_is_one() else 1
 
 
 def user_path(of: str) -> Path:
