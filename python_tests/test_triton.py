@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import importlib
-import os
 import pkgutil
 import re
 import subprocess
-import sys
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
@@ -15,7 +13,7 @@ from typing import Any
 
 import float_atomics
 import pytest
-from conftest import ROOT
+from interpreted import checks_of
 
 import mmkernels.triton
 from mmkernels import runtime
@@ -49,16 +47,7 @@ def interpreted() -> Iterator[Any]:
 @pytest.mark.parametrize(("family", "dtypes"), list(interpreted()))
 def test_interpreter(family: str, dtypes: tuple[str, ...]) -> None:
     """Every sample, every operator, on the CPU (triton_interpreter.py)."""
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "python_tests" / "triton_interpreter.py"), family, *dtypes],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT / "python_tests")},
-        cwd=ROOT / "python_tests",
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    assert done.stdout.count("checked") > 10
+    assert checks_of("triton_interpreter", family, *dtypes) > 10
 
 
 def compiled(kernel: Any, signature: dict[str, str], constants: dict[str, Any], options: dict[str, Any], target: str) -> Any:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
+from interpreted import checks_of
 from test_triton import TARGETS, assert_no_float_atomics, keeps_in_local_memory
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -42,16 +39,7 @@ TINY_DEFAULT = {
 )
 def test_interpreter(dtype: str) -> None:
     """Every option, alone and with others, against float64 (triton_attention.py)."""
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "python_tests" / "triton_attention.py"), dtype],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT / "python_tests")},
-        cwd=ROOT / "python_tests",
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    assert done.stdout.count("checked") > (20 if dtype.endswith("-brief") else 100)
+    assert checks_of("triton_attention", dtype) > (20 if dtype.endswith("-brief") else 100)
 
 
 class FakeDriver:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
+from interpreted import checks_of
 from test_triton import TARGETS
 from test_triton_attention import DTYPES, MATRIX, assert_kernel_fits, compiling
 
@@ -46,16 +43,7 @@ DEFAULT = {
 )
 def test_interpreter(dtype: str) -> None:
     """Every operator and option against float64 (triton_moe.py)."""
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "python_tests" / "triton_moe.py"), dtype],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT / "python_tests")},
-        cwd=ROOT / "python_tests",
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    assert done.stdout.count("checked") > 100
+    assert checks_of("triton_moe", dtype) > 100
 
 
 def call_experts(dtype: torch.dtype, part: str, lie: str) -> None:

@@ -3,13 +3,9 @@ family's launches have in common: kernels are not compiled anew for other length
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
-from conftest import ROOT
+from interpreted import checks_of
 from test_triton_attention import compiling
 
 from mmkernels.ops import permute
@@ -22,16 +18,7 @@ from mmkernels.reference import permute as reference
     [("sizes", 10), ("values", 4), ("strides-brief", 30), pytest.param("strides", 130, marks=pytest.mark.full)],
 )
 def test_interpreter(part: str, checks: int) -> None:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "python_tests" / "triton_sizes.py"), part],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT / "python_tests")},
-        cwd=ROOT / "python_tests",
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    assert done.stdout.count("checked") >= checks
+    assert checks_of("triton_sizes", part) >= checks
 
 
 def call(family: str, batch: int, length: int) -> None:

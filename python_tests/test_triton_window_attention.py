@@ -5,15 +5,12 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
+from interpreted import checks_of
 from test_triton import TARGETS
 from test_triton_attention import DTYPES, assert_kernel_fits, compiling
 
@@ -81,16 +78,7 @@ def arguments(dtype: torch.dtype, shape: str, kind: str) -> tuple[Any, ...]:
 )
 def test_interpreter(dtype: str) -> None:
     """Every option against float64 (triton_window_attention.py)."""
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "python_tests" / "triton_window_attention.py"), dtype],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT / "python_tests")},
-        cwd=ROOT / "python_tests",
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    assert done.stdout.count("checked") > (10 if dtype.endswith("-brief") else 60)
+    assert checks_of("triton_window_attention", dtype) > (10 if dtype.endswith("-brief") else 60)
 
 
 @pytest.mark.parametrize(
