@@ -12,6 +12,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 from mmkernels import runtime
+from mmkernels.triton import pinned
 from mmkernels.version import __version__
 
 
@@ -85,8 +86,6 @@ class Info:
 
 def _tiles_in_force() -> str:
     """Where the Triton kernels have the sizes of their tiles from."""
-    from mmkernels.triton import pinned
-
     here = pinned.architecture()
     if here is None:
         return "no GPU for its kernels"

@@ -23,8 +23,8 @@ from mmkernels.cards.card import Call
 
 ALIGNMENTS: dict[str, dict[str, Any]] = {
     "full": {},
-    "top left": {"is_causal": True},
-    "bottom right": {"is_causal": True, "causal_alignment": "bottom_right"},
+    "top_left": {"is_causal": True},
+    "bottom_right": {"is_causal": True, "causal_alignment": "bottom_right"},
 }
 LENGTHS = ((64, 1), (64, 33), (128, 128), (197, 197), (256, 300), (300, 256), (129, 1000), (1100, 400), (2048, 2048))
 Draw = Callable[..., Tensor]

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from gpu_hopper import ALIGNMENTS
 from support import assert_same_bits, assert_within_rule
 from test_triton import TARGETS, nvidia_tool
 from torch import Tensor
@@ -26,11 +27,6 @@ from mmkernels.ops.backends import Backend, choose
 from mmkernels.reference.attention import attention as reference
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-ALIGNMENTS: dict[str, dict[str, Any]] = {
-    "full": {},
-    "top_left": {"is_causal": True},
-    "bottom_right": {"is_causal": True, "causal_alignment": "bottom_right"},
-}
 BLOCKS = 3  # of the grid: fewer than the tiles of most cases, so that blocks go on to a second
 
 

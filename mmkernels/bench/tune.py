@@ -29,21 +29,13 @@ from mmkernels.bench.selection import dtype_name, select
 from mmkernels.bench.table import make_console
 from mmkernels.cards import all_cards
 from mmkernels.cards.card import BenchCase
+from mmkernels.triton import pinned
+from mmkernels.triton.pinned import Tile
 
-Tile = tuple[int, ...]
 Results = list[Tensor]
 
-# What a field of a tile may be; the sizes of blocks that are in no dictionary here go from 1 on.
-_LEAST: Final = {
-    "BLOCK_M": 16,
-    "BLOCK_N": 16,
-    "BLOCK_K": 16,
-    "BLOCK_E": 16,
-    "BLOCK": 16,
-    "BLOCK_H": 1,
-    "warps": 1,
-    "stages": 1,
-}
+# What a field of a tile may be; those that are in no dictionary here go from 1 on.
+_LEAST: Final = {**dict.fromkeys(("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_E", "BLOCK"), 16), **pinned.COUNTS}
 _MOST: Final = {"warps": 16, "stages": 6, "resident": 4}
 _MOST_BLOCK: Final = 256
 
@@ -130,7 +122,7 @@ def agree(ours: Results, expected: Results) -> bool:
 def neighbours(fields: tuple[str, ...], tile: Tile) -> Iterator[Tile]:
     """Tiles with one number more or less: a stage, a resident program, or twice or half of all else."""
     for i, field in enumerate(fields):
-        sizes = (tile[i] + 1, tile[i] - 1) if field in ("stages", "resident") else (tile[i] * 2, tile[i] // 2)
+        sizes = (tile[i] + 1, tile[i] - 1) if field in pinned.COUNTS else (tile[i] * 2, tile[i] // 2)
         for size in sizes:
             if _LEAST.get(field, 1) <= size <= _MOST.get(field, _MOST_BLOCK):
                 yield (*tile[:i], size, *tile[i + 1 :])
@@ -159,8 +151,6 @@ def climb(
 
 def _share(name: str, works: Sequence[Workload], clock: Clock) -> Callable[[Tile, Tile], float | None]:
     """The function that `climb` asks, of a tile that these calls ask for."""
-    from mmkernels.triton import pinned
-
     expected = [work.step() for work in works]
 
     def timed(tile: Tile, work: Workload) -> float:
@@ -193,8 +183,6 @@ def search(makers: Mapping[str, Maker], clock: Clock, seconds: float, report: Ca
         clock: milliseconds of a workload.
         report: told what starts.
     """
-    from mmkernels.triton import pinned
-
     asked: dict[str, tuple[pinned.Seen, list[str]]] = {}
     durations: dict[str, float] = {}
     for user, make in makers.items():
@@ -248,7 +236,7 @@ def run(
         raise ValueError(f"tune needs Triton: {runtime.triton_missing()}")
     if not 0 < seconds < float("inf"):
         raise ValueError(f"seconds: expected a number above 0, got {seconds}")
-    from mmkernels.triton import pinned
+    import triton
 
     architecture = pinned.architecture()
     assert architecture is not None
@@ -261,14 +249,13 @@ def run(
     console = make_console()
     found = search(makers, gpu_clock, seconds, lambda what: print(what, file=sys.stderr, flush=True))
     machine = this_machine("cuda")
-    triton_version = sys.modules["triton"].__version__
     made = {
         "architecture": architecture,
         "gpu": machine.gpu,
         "mmkernels": machine.mmkernels,
         "commit": machine.commit,
         "torch": machine.torch,
-        "triton": triton_version,
+        "triton": triton.__version__,
         "date": machine.date,
         "measured": True,
     }

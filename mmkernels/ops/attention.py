@@ -16,6 +16,7 @@ from mmkernels.ops.entry import (
     autocast_dtype,
     define,
     differentiable,
+    empty_heads,
     implement,
     not_differentiable,
     stats_dtype,
@@ -205,14 +206,6 @@ def _check_attention_backward(
 
 
 # --- operators --------------------------------------------------------------------------------------------------------
-def empty_heads(like: Tensor, shape: tuple[Any, ...], packed: bool) -> Tensor:
-    """[B, H, L, D] that lies in memory as [B, L, H, D], so that putting the heads together again needs no copy."""
-    if packed:
-        return torch.empty(shape, dtype=like.dtype, device=like.device)
-    batch, heads, length, channels = shape
-    return torch.empty((batch, length, heads, channels), dtype=like.dtype, device=like.device).transpose(1, 2)
-
-
 def _fake_attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     _check_attention(q, k, v, *rest)
     out = empty_heads(q, (*q.shape[:-1], v.size(-1)), rest[5] is not None)

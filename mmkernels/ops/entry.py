@@ -235,6 +235,14 @@ def contiguous(gradient: torch.Tensor | None) -> torch.Tensor | None:
     return None if gradient is None else gradient.contiguous()
 
 
+def empty_heads(like: torch.Tensor, shape: tuple[Any, ...], packed: bool) -> torch.Tensor:
+    """[B, H, L, D] that lies in memory as [B, L, H, D], so that putting the heads together again needs no copy."""
+    if packed:
+        return torch.empty(shape, dtype=like.dtype, device=like.device)
+    batch, heads, length, channels = shape
+    return torch.empty((batch, length, heads, channels), dtype=like.dtype, device=like.device).transpose(1, 2)
+
+
 def stats_dtype(x: torch.Tensor) -> torch.dtype:
     """The dtype of means, variances and sums over x."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mmkernels import runtime
 from mmkernels.ops.backends import Arguments
-from mmkernels.ops.entry import autocast_dtype, define
+from mmkernels.ops.entry import autocast_dtype, define, empty_heads
 
 CHANNELS = (64, 128)
 ROWS = 64  # of one warp group: fewer queries leave it idle, and Triton has kernels that share one
@@ -22,9 +22,7 @@ _LACKS = (
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, bottom_right: bool) -> tuple[Tensor, Tensor]:
-    batch, heads, length, channels = q.shape
-    out = torch.empty((batch, length, heads, channels), dtype=q.dtype, device=q.device).transpose(1, 2)
-    return out, torch.empty((batch, heads, length), dtype=torch.float32, device=q.device)
+    return empty_heads(q, tuple(q.shape), False), torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
 
 
 _op = define(

@@ -18,11 +18,18 @@ from mmkernels.ops.attention import (
     check_heads,
     check_operand,
     check_plain,
-    empty_heads,
     max_seqlen_of,
 )
 from mmkernels.ops.checks import check_float, check_gradient
-from mmkernels.ops.entry import define, differentiable, implement, not_differentiable, stats_dtype, wants_gradient
+from mmkernels.ops.entry import (
+    define,
+    differentiable,
+    empty_heads,
+    implement,
+    not_differentiable,
+    stats_dtype,
+    wants_gradient,
+)
 from mmkernels.reference import linear_attention as reference
 
 FEATURE_MAPS = reference.FEATURE_MAPS

@@ -233,7 +233,7 @@ class _Call:
 
     def resident(self) -> int:
         """How many programs of the forward kernel share all tiles on each multiprocessor; 0 where each tile has its own."""
-        words = ("attention", "resident", *_words(self.like.dtype == torch.float32, *self.channels))
+        words = ("attention", "resident", *_words(self.like.dtype == torch.float32, _width(*self.channels)))
         (resident,) = pinned.tile(words, (0,), ("resident",))
         return resident
 
@@ -306,9 +306,9 @@ def _width(channels: int, values: int) -> int:
     return next(i for i, most in enumerate(_CLASSES) if most >= max(launch.block(channels), launch.block(values)))
 
 
-def _words(single: bool, channels: int, values: int) -> tuple[object, ...]:
+def _words(single: bool, width: int) -> tuple[object, ...]:
     """What a tile's name says of dtype and channels."""
-    return "single" if single else "half", _CLASSES[_width(channels, values)]
+    return "single" if single else "half", _CLASSES[width]
 
 
 def _tile(kind: str, single: bool, channels: int, values: int, rich: bool) -> tuple[dict[str, int], dict[str, Any]]:
@@ -318,7 +318,7 @@ def _tile(kind: str, single: bool, channels: int, values: int, rich: bool) -> tu
     unaligned = width == 1 and not single and launch.make() == "cuda" and (channels % 16 != 0 or values % 16 != 0)
     if unaligned:
         pair = _UNALIGNED.get(kind, pair)
-    words = ("attention", kind, *_words(single, channels, values), unaligned and "unaligned", rich and "rich")
+    words = ("attention", kind, *_words(single, width), unaligned and "unaligned", rich and "rich")
     block_m, block_n, warps, stages = pinned.tile(words, pair[rich])
     blocks = {"D": channels, "DV": values, "BLOCK_D": launch.block(channels), "BLOCK_DV": launch.block(values)}
     return {**blocks, "BLOCK_M": block_m, "BLOCK_N": block_n}, launch.options(warps, stages)

@@ -33,7 +33,7 @@ PRODUCT: Final = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "warps", "stages")
 WARPS: Final = ("warps",)
 
 # The fields that are no powers of two, and the least that they may be.
-_COUNTS: Final = {"stages": 1, "resident": 0}
+COUNTS: Final = {"stages": 1, "resident": 0}
 
 _PACKAGED: Final = Path(__file__).parent / "tables"
 
@@ -66,9 +66,9 @@ def read(path: Path) -> Table:
         if not isinstance(tile, dict):
             raise ValueError(f"{path}: {name}: expected an object, got {tile!r}")
         for field, size in tile.items():
-            least, power = _COUNTS.get(field), field not in _COUNTS
-            if type(size) is not int or size < (1 if least is None else least) or (power and size & (size - 1)):
-                expected = "a power of two" if least is None else f"a number from {least}"
+            least = COUNTS.get(field, 1)
+            if type(size) is not int or size < least or (field not in COUNTS and size & (size - 1)):
+                expected = f"a number from {least}" if field in COUNTS else "a power of two"
                 raise ValueError(f"{path}: {name}: {field}: expected {expected}, got {size!r}")
     return Table(path, record, tiles)
 
@@ -139,7 +139,6 @@ class Seen:
     """A tile that some call asked for."""
 
     fields: tuple[str, ...]
-    default: Tile
     tile: Tile
 
 
@@ -165,7 +164,7 @@ def tile(words: tuple[object, ...], default: Tile, fields: tuple[str, ...] = TIL
     here = architecture()
     chosen = _trials.get(name) or (None if here is None else _pinned(here, name, fields)) or default
     if _seen is not None:
-        _seen[name] = Seen(fields, default, chosen)
+        _seen[name] = Seen(fields, chosen)
     return chosen
 
 
